@@ -1,0 +1,493 @@
+"""Speaks SQL: the statements of the service, the connections they travel on, and the schema.
+
+Statements that wait together share a round trip. Each connection runs in libpq's pipeline mode and takes up to BATCH
+of them at once, with a Sync after each: every statement is its own transaction, and an error stays its own
+(https://www.postgresql.org/docs/current/libpq-pipeline-mode.html).
+
+The functions below their SQL are what the rest calls. A task is JSON that PostgreSQL rendered, passed on as bytes;
+"no row" is None. All may raise Unavailable, those that write Refused, and nothing here knows of HTTP.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Generator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import AsyncConnection, conninfo
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
+from psycopg.pq.abc import PGresult
+from psycopg.waiting import Ready, Wait
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+DEADLINE = 5.0  # seconds for an answer, wherever they are spent: queue, connect, network, lock
+PATIENCE = 1.0  # seconds until a statement is cancelled for the sake of those behind it; 1,000 large tasks take 0.06
+BATCH = 16  # statements a round trip; past 16 it was no faster, and one slow statement holds up more
+MAX_WAITING = 2000  # statements that may wait in a lane, at 20 KB a request; one more is refused at once
+LANE_WIDTH = 2  # connections a lane
+BOOT_PATIENCE = 30.0  # seconds that start-up waits for an absent database
+
+# PostgreSQL writes a timestamptz in the session's zone; libpq asks for this one while it connects. (Poolers refuse
+# the `options` way of asking, and a SET would reach their other clients.)
+os.environ["PGTZ"] = "UTC"
+
+log = logging.getLogger("todo.db")
+
+
+class Unavailable(Exception):
+    """The database did not answer in time or cannot now. A write may have been made or not."""
+
+
+class Refused(Exception):
+    """PostgreSQL refused a value: SQLSTATE class 22, or a check constraint. Nothing was stored."""
+
+
+class Conflict(Exception):
+    """The unique constraint in the argument holds such a row already. Nothing was stored."""
+
+
+class StatementFailed(Exception):
+    """What no request should be able to cause: a bug of ours. The argument is the SQLSTATE."""
+
+
+class Statement:
+    """SQL with %(name)s parameters, numbered as the protocol wants them.
+
+    Its name on the server has a digest of the text: behind a pooler another release may have prepared its own.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.parameters = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", text)))
+        numbered = re.sub(r"%\((\w+)\)s", lambda found: f"${self.parameters.index(found[1]) + 1}", text)
+        self.text = numbered.encode()
+        self.name = b"todo_" + hashlib.sha256(self.text).hexdigest()[:16].encode()
+        self.only_reads = text.lstrip().startswith("SELECT")
+
+
+Value = str | bool | int | None
+Rows = list[tuple[Any, ...]]  # every column as bytes in PostgreSQL's text format, or None
+
+
+def encode(value: Value) -> bytes | None:
+    """A value in PostgreSQL's text format. Raises Refused for text that PostgreSQL cannot hold."""
+    if value is None:
+        return None
+    encoded = str(value).encode(errors="surrogatepass")  # a lone surrogate is for PostgreSQL to refuse
+    if b"\0" in encoded:  # libpq would send the text up to here
+        raise Refused("22021")
+    return encoded
+
+
+@dataclass(slots=True)
+class Call:
+    """A statement on its way, and the future that gets its rows."""
+
+    statement: Statement
+    values: list[bytes | None]
+    reply: asyncio.Future[Rows]
+    retried: bool = False
+    cancelled: bool = False
+
+
+class Connection(AsyncConnection[Any]):
+    """A connection in pipeline mode that knows which statements it has prepared."""
+
+    prepared: set[bytes]
+
+    async def configure(self) -> None:
+        self.prepared = set()
+        self.pgconn.enter_pipeline_mode()
+
+    def alive(self) -> bool:
+        """False once the server has closed its end. It costs 1 us, where asking with a query costs a round trip:
+        the first read takes the farewell that came while the connection lay idle, the second meets the end."""
+        with suppress(psycopg.OperationalError):
+            self.pgconn.consume_input()
+            self.pgconn.consume_input()
+        return self.pgconn.status == ConnStatus.OK
+
+
+class Lane:
+    """A queue of statements and the carriers that take them to PostgreSQL, each on one connection at a time."""
+
+    prepares = True  # until a pooler turns out to mix up prepared statements (PgBouncer before 1.21)
+
+    def __init__(self) -> None:
+        self.waiting: asyncio.Queue[Call] = asyncio.Queue(MAX_WAITING)
+        self.carriers: list[asyncio.Task[None]] = []
+
+    async def run(self, statement: Statement, values: dict[str, Value]) -> Rows:
+        encoded = [encode(values[name]) for name in statement.parameters]
+        loop = asyncio.get_running_loop()
+        call = Call(statement, encoded, loop.create_future())
+        try:
+            self.waiting.put_nowait(call)
+        except asyncio.QueueFull:
+            raise Unavailable("too many statements wait") from None
+        timer = loop.call_later(DEADLINE, self.fail, call, Unavailable("no answer by the deadline"), False)
+        try:
+            return await call.reply
+        finally:
+            timer.cancel()
+
+    async def carry(self) -> None:
+        """The life of a carrier. What waits is taken when there is a connection, and not a moment before."""
+        while True:
+            batch = [await self.waiting.get()]
+            connection = await self.borrow()
+            while len(batch) < BATCH and not self.waiting.empty():
+                batch.append(self.waiting.get_nowait())
+            batch = [call for call in batch if not call.reply.done()]
+            try:
+                await connection.wait(self.converse(connection, batch))
+            except Exception as error:  # whatever it was: the connection goes, the carrier stays
+                log.warning("connection lost: %s", type(error).__name__)
+                await connection.close()
+                for call in batch:
+                    self.fail(call, Unavailable("connection lost"), again=call.statement.only_reads)
+            await pool.putconn(connection)
+
+    async def borrow(self) -> Connection:
+        """A connection that the server has not closed, as soon as there is one."""
+        while True:
+            with suppress(PoolTimeout):  # ask each second: what sets the pool to connect is being asked
+                connection = await pool.getconn(timeout=1)
+                if connection.alive():
+                    return connection
+                await connection.close()
+                await pool.putconn(connection)
+
+    def send(self, connection: Connection, batch: list[Call]) -> None:
+        pgconn, parsed = connection.pgconn, set(connection.prepared)
+        for call in batch:
+            statement = call.statement
+            if not Lane.prepares:
+                pgconn.send_query_params(statement.text, call.values)
+            else:
+                if statement.name not in parsed:
+                    pgconn.send_prepare(statement.name, statement.text)
+                    parsed.add(statement.name)
+                pgconn.send_query_prepared(statement.name, call.values)
+            pgconn.pipeline_sync()  # without it, the batch would be one transaction
+
+    def converse(self, connection: Connection, batch: list[Call]) -> Generator[Wait, Ready, None]:
+        """Sends a batch and settles each call when its Sync comes back: only then is its statement committed.
+
+        Driven by AsyncConnection.wait(), which comes by every 0.1 s with nothing ready while the server is silent.
+        """
+        pgconn, heard = connection.pgconn, monotonic()
+        outcome: PGresult | None = None
+        self.send(connection, batch)
+        unanswered = iter(batch)
+        call = next(unanswered, None)
+        while call:
+            if not (yield Wait.RW if pgconn.flush() else Wait.R):
+                self.be_patient(connection, call, monotonic() - heard)
+                continue
+            heard = monotonic()
+            pgconn.consume_input()
+            while call and not pgconn.is_busy():
+                result = pgconn.get_result()
+                if result is None:  # between two results, or for ever once the connection is broken
+                    if pgconn.status != ConnStatus.OK:
+                        raise psycopg.OperationalError
+                elif result.status == ExecStatus.PIPELINE_SYNC and outcome:
+                    self.settle(connection, call, outcome)
+                    call, outcome = next(unanswered, None), None
+                elif result.status == ExecStatus.COMMAND_OK:  # prepared; our statements all answer with rows
+                    connection.prepared.add(call.statement.name)
+                elif result.status != ExecStatus.PIPELINE_ABORTED:
+                    outcome = result
+
+    def be_patient(self, connection: Connection, call: Call, silence: float) -> None:
+        """Cancels a statement after PATIENCE, and after DEADLINE gives up the connection."""
+        if silence > DEADLINE:
+            raise TimeoutError
+        if silence > PATIENCE and not call.cancelled:
+            call.cancelled = True
+            asyncio.create_task(connection.cancel_safe(timeout=DEADLINE)).add_done_callback(asyncio.Task.exception)
+
+    def settle(self, connection: Connection, call: Call, outcome: PGresult) -> None:
+        """Gives a call its rows, its error, or a second try where the first is sure not to have happened."""
+        if outcome.status == ExecStatus.TUPLES_OK:
+            if not call.reply.done():
+                columns, value = range(outcome.nfields), outcome.get_value
+                call.reply.set_result([tuple([value(row, n) for n in columns]) for row in range(outcome.ntuples)])
+            return
+        sqlstate = (outcome.error_field(DiagnosticField.SQLSTATE) or b"").decode()
+        if sqlstate == "42P05" or (sqlstate == "26000" and call.statement.name in connection.prepared):
+            log.warning("prepared statements are off: a pooler on the way mixes them up")
+            Lane.prepares = False
+        # Statement not prepared or prepared twice, serialization failure, deadlock, cancelled in a neighbour's place.
+        again = sqlstate in {"26000", "42P05", "40001", "40P01", "57014"} and not call.cancelled
+        self.fail(call, error_of(sqlstate, outcome), again)
+
+    def fail(self, call: Call, error: Exception, again: bool) -> None:
+        if call.reply.done():
+            return
+        if again and not call.retried and not self.waiting.full():
+            call.retried = True
+            self.waiting.put_nowait(call)
+        else:
+            call.reply.set_exception(error)
+
+
+def error_of(sqlstate: str, result: PGresult) -> Exception:
+    """The error of this module for an SQLSTATE. PostgreSQL's own text is dropped: it may repeat the user's input."""
+    if sqlstate == "23505":
+        return Conflict((result.error_field(DiagnosticField.CONSTRAINT_NAME) or b"").decode())
+    if sqlstate[:2] == "22" or sqlstate in {"23514", "23502"}:
+        return Refused(sqlstate)
+    if sqlstate[:2] in {"08", "40", "53", "57"} or sqlstate in {"25006", "55P03"}:
+        return Unavailable(sqlstate)
+    return StatementFailed(sqlstate)
+
+
+def connection_string() -> str:
+    """DATABASE_URL over our defaults: what the URL sets wins.
+
+    Raises SystemExit with one line that names the variable when it is missing or malformed.
+    """
+    url = os.environ.get("DATABASE_URL")
+    if not url:
+        raise SystemExit("DATABASE_URL is not set: the service needs a PostgreSQL database")
+    try:
+        given = conninfo.conninfo_to_dict(url)
+    except psycopg.ProgrammingError:  # it repeats the URL, password included
+        raise SystemExit("DATABASE_URL is not of the form postgresql://user:password@host/database") from None
+    defaults = {"application_name": "todo", "client_encoding": "utf8", "connect_timeout": 3, "keepalives_idle": 30}
+    return conninfo.make_conninfo("", **{**defaults, **given})
+
+
+# max_idle: Neon suspends after 5 idle minutes, so unused connections go well before. reconnect_timeout: a pool that
+# gives up after 2 s starts afresh when it is next asked; one that does not waits ever longer between its tries.
+pool = AsyncConnectionPool(
+    connection_string,
+    connection_class=Connection,
+    configure=Connection.configure,
+    min_size=1,
+    max_size=2 * LANE_WIDTH,
+    max_idle=90,
+    max_lifetime=1800,
+    reconnect_timeout=2,
+    open=False,
+)
+reads, writes = Lane(), Lane()  # apart, so that writes waiting for a lock never hold up a read
+
+
+async def start() -> None:
+    """Waits for the database, applies the schema and opens the connections. Raises Unavailable after BOOT_PATIENCE."""
+    give_up = monotonic() + BOOT_PATIENCE
+    while True:
+        try:
+            await apply_schema((Path(__file__).parent / "schema.sql").read_text())
+            break
+        except psycopg.OperationalError as error:
+            if monotonic() > give_up:
+                raise Unavailable(str(error).splitlines()[0]) from None
+            await asyncio.sleep(0.5)
+    await pool.open()
+    for lane in (reads, writes):
+        lane.carriers = [asyncio.create_task(lane.carry()) for _ in range(LANE_WIDTH)]
+
+
+async def stop() -> None:
+    """Closes the connections."""
+    for carrier in reads.carriers + writes.carriers:
+        carrier.cancel()
+    await pool.close()
+
+
+SCHEMA_APPLIED = "SELECT true FROM schema_history WHERE sha256 = %(sha256)s"
+RECORD_SCHEMA = "INSERT INTO schema_history (sha256) VALUES (%(sha256)s)"
+
+
+# Two sessions that create one table at once fail, IF NOT EXISTS or not: the lock lets one instance do it and the
+# others find it done. It ends with the transaction, so a pooler is no obstacle. An ordinary boot runs no DDL.
+async def apply_schema(schema: str) -> None:
+    """Applies the schema unless this very text has been applied before."""
+    digest = {"sha256": hashlib.sha256(schema.encode()).hexdigest()}
+    async with await AsyncConnection.connect(connection_string(), prepare_threshold=None) as connection:
+
+        async def applied() -> bool:
+            [(history,)] = await (await connection.execute("SELECT to_regclass('schema_history')")).fetchall()
+            return bool(history and await (await connection.execute(SCHEMA_APPLIED, digest)).fetchall())
+
+        if not await applied():
+            await connection.execute("SELECT pg_advisory_xact_lock(hashtext('todo schema'))")
+            if not await applied():
+                await connection.execute(schema.encode())
+                await connection.execute(RECORD_SCHEMA, digest)
+                log.info("schema applied")
+
+
+async def fetch(statement: Statement, **values: Value) -> Rows:
+    return await (reads if statement.only_reads else writes).run(statement, values)
+
+
+class Task(NamedTuple):
+    """A task as JSON in UTF-8, and the number of writes to it."""
+
+    json: bytes
+    version: bytes
+
+
+# The task that every answer shows. After RETURNING it works where row_to_json would need a subquery.
+TASK = """json_build_object(
+    'id', id, 'user_id', user_id, 'title', title, 'description', description,
+    'completed', completed, 'is_completed', completed, 'created_at', created_at, 'updated_at', updated_at
+), version"""
+
+SELECT_TASK = Statement(f"""
+SELECT {TASK}
+FROM tasks
+WHERE user_id = %(user_id)s AND id = %(task_id)s
+""")
+
+
+async def select_task(user_id: str, task_id: str) -> Task | None:
+    rows = await fetch(SELECT_TASK, user_id=user_id, task_id=task_id)
+    return Task(*rows[0]) if rows else None
+
+
+# A backward scan of the primary key that starts where the last page ended: page 100 costs what page 1 does. The one
+# task too many tells that more follow.
+SELECT_TASKS = Statement("""
+SELECT coalesce(json_agg(page), '[]'), count(*)
+FROM (
+    SELECT id, user_id, title, description, completed, completed AS is_completed, created_at, updated_at
+    FROM tasks
+    WHERE user_id = %(user_id)s
+        AND id < coalesce(%(after)s, 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid)
+        AND (completed = %(completed)s OR %(completed)s IS NULL)
+    ORDER BY user_id DESC, id DESC
+    LIMIT %(limit)s::integer + 1
+) AS page
+""")
+
+
+async def select_tasks(
+    user_id: str, after: str | None, completed: bool | None, limit: int
+) -> tuple[bytes, str | None]:
+    """Up to `limit` tasks as a JSON array, newest first, and the id of the last one if more follow."""
+    values = {"user_id": user_id, "after": after, "completed": completed, "limit": limit}
+    [(tasks, count)] = await fetch(SELECT_TASKS, **values)
+    if int(count) <= limit:
+        return tasks, None
+    # Quotes are escaped within JSON strings, so these six bytes stand only where a task begins.
+    surplus = tasks.rindex(b'{"id":')
+    last = tasks.rindex(b'{"id":', 0, surplus)
+    return tasks[: tasks.rindex(b",", 0, surplus)] + b"]", tasks[last + 7 : last + 43].decode()
+
+
+# The user of an outside issuer has no row before the first task. Of two first tasks at once the second waits for the
+# first's row; the foreign key is checked after both.
+INSERT_TASK = Statement(f"""
+WITH owner AS (
+    INSERT INTO users (id)
+    VALUES (%(user_id)s)
+    ON CONFLICT (id) DO NOTHING
+)
+INSERT INTO tasks (user_id, title, description, completed)
+VALUES (%(user_id)s, %(title)s, %(description)s, %(completed)s)
+RETURNING {TASK}, id
+""")
+
+
+async def insert_task(user_id: str, title: str, description: str | None, completed: bool) -> tuple[Task, str]:
+    """Stores a task. Gives it and its id."""
+    values = {"user_id": user_id, "title": title, "description": description, "completed": completed}
+    [(json, version, task_id)] = await fetch(INSERT_TASK, **values)
+    return Task(json, version), task_id.decode()
+
+
+# NOT reads and writes under the row's lock: of 300 toggles at once, each one counts. Description can become null, so
+# whether it was sent needs a parameter of its own. No index has these columns, so the update is HOT.
+UPDATE_TASK = Statement(f"""
+UPDATE tasks
+SET title = coalesce(%(title)s, title),
+    description = CASE WHEN %(describe)s THEN %(description)s ELSE description END,
+    completed = CASE WHEN %(toggle)s THEN NOT completed ELSE coalesce(%(completed)s, completed) END,
+    version = version + 1,
+    updated_at = now()
+WHERE user_id = %(user_id)s AND id = %(task_id)s
+RETURNING {TASK}
+""")
+
+
+async def update_task(user_id: str, task_id: str, changes: dict[str, Value], toggle: bool = False) -> Task | None:
+    """Changes the fields among title, description and completed that `changes` has; `toggle` flips completed."""
+    values = {"title": None, "description": None, "completed": None, **changes, "toggle": toggle}
+    values |= {"user_id": user_id, "task_id": task_id, "describe": "description" in changes}
+    rows = await fetch(UPDATE_TASK, **values)
+    return Task(*rows[0]) if rows else None
+
+
+DELETE_TASK = Statement("""
+DELETE FROM tasks
+WHERE user_id = %(user_id)s AND id = %(task_id)s
+RETURNING id
+""")
+
+
+async def delete_task(user_id: str, task_id: str) -> bool:
+    """False when there was no such task."""
+    return bool(await fetch(DELETE_TASK, user_id=user_id, task_id=task_id))
+
+
+USER = "json_build_object('id', id, 'email', email, 'created_at', created_at)"
+
+INSERT_USER = Statement(f"""
+INSERT INTO users (email, password_hash)
+VALUES (%(email)s, %(password_hash)s)
+RETURNING id, {USER}
+""")
+
+
+async def insert_user(email: str, password_hash: str) -> tuple[str, bytes]:
+    """Stores an account. Gives its user id and the user as JSON. Raises Conflict("users_email_key")."""
+    [(user_id, user)] = await fetch(INSERT_USER, email=email, password_hash=password_hash)
+    return user_id.decode(), user
+
+
+# Served by users_email_key.
+SELECT_ACCOUNT = Statement(f"""
+SELECT id, {USER}, password_hash
+FROM users
+WHERE lower(email) = lower(%(email)s)
+""")
+
+
+async def select_account(email: str) -> tuple[str, bytes, bytes] | None:
+    """The user id, the user as JSON and the password hash."""
+    rows = await fetch(SELECT_ACCOUNT, email=email)
+    return (rows[0][0].decode(), rows[0][1], rows[0][2]) if rows else None
+
+
+# The join gives one row in any case: a user of an outside issuer may have none here yet.
+SELECT_USER = Statement("""
+SELECT json_build_object('id', %(user_id)s::text, 'email', email, 'created_at', created_at)
+FROM (VALUES (%(user_id)s)) AS asked (user_id)
+LEFT JOIN users ON id = asked.user_id
+""")
+
+
+async def select_user(user_id: str) -> bytes:
+    """The user as JSON; email and created_at are null as long as nothing is stored for them."""
+    [(user,)] = await fetch(SELECT_USER, user_id=user_id)
+    return bytes(user)
+
+
+PING = Statement("SELECT 1")
+
+
+async def ping() -> None:
+    """Returns when the database answers."""
+    await fetch(PING)
