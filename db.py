@@ -150,8 +150,9 @@ class Lane:
             except Exception as error:  # whatever it was: the connection goes, the carrier stays
                 log.warning("connection lost: %s", type(error).__name__)
                 await connection.close()
+                not_run = isinstance(error, psycopg.errors.AdminShutdown)
                 for call in batch:
-                    self.fail(call, Unavailable("connection lost"), again=call.statement.only_reads)
+                    self.fail(call, Unavailable("connection lost"), again=not_run or call.statement.only_reads)
             await pool.putconn(connection)
 
     async def borrow(self) -> Connection:
@@ -204,6 +205,8 @@ class Lane:
                 elif result.status == ExecStatus.COMMAND_OK:  # prepared; our statements all answer with rows
                     connection.prepared.add(call.statement.name)
                 elif result.status != ExecStatus.PIPELINE_ABORTED:
+                    if not outcome and result.status == ExecStatus.FATAL_ERROR:
+                        raise_if_lost(result)
                     outcome = result
 
     def be_patient(self, connection: Connection, call: Call, silence: float) -> None:
@@ -221,7 +224,7 @@ class Lane:
                 columns, value = range(outcome.nfields), outcome.get_value
                 call.reply.set_result([tuple([value(row, n) for n in columns]) for row in range(outcome.ntuples)])
             return
-        sqlstate = (outcome.error_field(DiagnosticField.SQLSTATE) or b"").decode()
+        sqlstate = sqlstate_of(outcome)
         if sqlstate == "42P05" or (sqlstate == "26000" and call.statement.name in connection.prepared):
             log.warning("prepared statements are off: a pooler on the way mixes them up")
             Lane.prepares = False
@@ -237,6 +240,20 @@ class Lane:
             self.waiting.put_nowait(call)
         else:
             call.reply.set_exception(error)
+
+
+def sqlstate_of(result: PGresult) -> str:
+    return (result.error_field(DiagnosticField.SQLSTATE) or b"").decode()
+
+
+def raise_if_lost(error: PGresult) -> None:
+    """Raises AdminShutdown when the server said farewell in place of an answer: rows come before the commit, so where
+    none came there was none. Raises OperationalError when libpq itself tells of a broken connection."""
+    sqlstate = sqlstate_of(error)
+    if sqlstate == "57P01":
+        raise psycopg.errors.AdminShutdown
+    if not sqlstate:
+        raise psycopg.OperationalError
 
 
 def error_of(sqlstate: str, result: PGresult) -> Exception:

@@ -385,11 +385,13 @@ class JsonHandler(logging.Handler):
 
 @asynccontextmanager
 async def lifespan(app: Service) -> AsyncIterator[None]:
+    server = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # uvicorn's would wait for this start to end
     try:
         await db.start()
     except db.Unavailable as error:
         log.critical("no database after %d seconds: %s", db.BOOT_PATIENCE, error)
         os._exit(1)  # an exception would come out as a traceback and exit code 3
+    signal.signal(signal.SIGTERM, server)
     watch = asyncio.create_task(app.watch_for_stalls())
     # What start-up made is there to stay: not walking through it again saves a tenth of each request.
     gc.collect()

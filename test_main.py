@@ -5,11 +5,14 @@ TEST_POSTGRES=16 python -m pytest       its PostgreSQL 16
 TEST_DATABASE_URL=… python -m pytest    any other; its name has to end in _test, and its tables are dropped
 """
 
+import asyncio
 import base64
 import hashlib
+import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -146,7 +149,8 @@ def token(user: str, **claims: Any) -> str:
 
 def client(server: Server, user: str | None = None, **headers: str) -> httpx.Client:
     authorization = {"Authorization": "Bearer " + token(user or uuid.uuid4().hex)}
-    return httpx.Client(base_url=server.url, headers=authorization | headers, timeout=20, verify=False)
+    limits = httpx.Limits(max_connections=None)
+    return httpx.Client(base_url=server.url, headers=authorization | headers, timeout=20, verify=False, limits=limits)
 
 
 @pytest.fixture
@@ -1139,6 +1143,153 @@ def test_nothing_secret_is_logged(server: Server, database: str, account: dict[s
     log = server.output.read_text()
     for secret in ("a secret", "a%20secret", account["password"], account["email"], bearer, SECRET, database):
         assert secret not in log
+
+
+# Pipelining. These talk to db.py directly, since no request can make a statement fail on purpose.
+
+
+def with_db(database: str, monkeypatch: pytest.MonkeyPatch, story: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+    """Runs a story on a db.py of its own, connected to the database."""
+    monkeypatch.setenv("DATABASE_URL", database)
+    monkeypatch.setenv("PGTZ", "UTC")
+    db = importlib.reload(importlib.import_module("db"))
+
+    async def run() -> None:
+        await db.start()
+        try:
+            await asyncio.wait_for(story(db), 60)
+        finally:
+            await db.stop()
+
+    asyncio.run(run())
+
+
+def test_of_thousands_of_interleaved_statements_each_gets_its_own_answer(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(db: Any) -> None:
+        echo = db.Statement("SELECT %(text)s::text, %(number)s::integer")
+        write = db.Statement("WITH nothing AS (SELECT 1) SELECT %(text)s::text, %(number)s::integer FROM nothing")
+        divide = db.Statement("SELECT %(text)s::text, 10 / (%(number)s::integer - %(number)s::integer)")
+
+        async def ask(n: int) -> None:
+            text = uuid.uuid4().hex
+            if n % 7 == 0:
+                with pytest.raises(db.Refused):
+                    await db.fetch(divide, text=text, number=n)
+            else:
+                rows = await db.fetch(write if n % 3 else echo, text=text, number=n)
+                assert rows == [(text.encode(), str(n).encode())]
+
+        await asyncio.gather(*[ask(n) for n in range(3000)])
+
+    with_db(database, monkeypatch, story)
+
+
+def test_a_neighbours_error_neither_undoes_a_write_nor_hides_it(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(db: Any) -> None:
+        fail = db.Statement("WITH nothing AS (SELECT 1) SELECT 1 / (%(number)s::integer - 3) FROM nothing")
+        user = uuid.uuid4().hex
+
+        async def create(n: int) -> str:
+            _, task_id, _ = await db.insert_task(user, {"title": f"{n}"}, None)
+            return str(task_id)
+
+        calls = [create(n) if n % 2 else db.fetch(fail, number=3) for n in range(1000)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        created = [answer for answer in answers if isinstance(answer, str)]
+        assert len(created) == 500
+        assert sum(isinstance(answer, db.Refused) for answer in answers) == 500
+        stored = {task["id"] for task in json.loads((await db.select_tasks(user, None, None, 1000))[0].json)}
+        assert stored == set(created)
+
+    with_db(database, monkeypatch, story)
+
+
+def test_a_statement_whose_caller_left_disturbs_nobody(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(db: Any) -> None:
+        echo = db.Statement("SELECT %(number)s::integer FROM pg_sleep(0.001)")
+        calls = [asyncio.create_task(db.fetch(echo, number=n)) for n in range(600)]
+        await asyncio.sleep(0.05)
+        for call in calls[::2]:
+            call.cancel()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert answers[1::2] == [[(str(n).encode(),)] for n in range(1, 600, 2)]
+
+    with_db(database, monkeypatch, story)
+
+
+def test_a_slow_statement_is_cancelled_and_those_behind_it_are_answered(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(db: Any) -> None:
+        slow, fast = db.Statement("SELECT 1 FROM pg_sleep(30)"), db.Statement("SELECT %(number)s::integer")
+        started = time.monotonic()
+        calls = [db.fetch(slow), *[db.fetch(fast, number=n) for n in range(100)]]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(answers[0], db.Unavailable)
+        assert answers[1:] == [[(str(n).encode(),)] for n in range(100)]
+        assert time.monotonic() - started < db.PATIENCE + 1
+
+    with_db(database, monkeypatch, story)
+
+
+def test_a_write_that_waits_for_a_lock_holds_up_no_read(server: Server, database: str, api: httpx.Client) -> None:
+    tasks = [api.post("/tasks", json={"title": "x"}).json()["id"] for _ in range(8)]
+    with psycopg.connect(database) as other, ThreadPoolExecutor(16) as pool:
+        other.execute("SELECT 1 FROM tasks WHERE id = %s FOR UPDATE", [tasks[0]])
+        stuck = [pool.submit(api.patch, f"/tasks/{tasks[0]}/toggle") for _ in range(8)]
+        time.sleep(0.1)
+        started = time.monotonic()
+        assert {api.get("/tasks/" + id).status_code for id in tasks} == {200}
+        assert time.monotonic() - started < 0.5
+        assert {call.result().status_code for call in stuck} == {503}
+        other.rollback()
+    assert api.patch(f"/tasks/{tasks[0]}/toggle").json()["completed"] is True
+
+
+@pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="pgbouncer is not installed")
+def test_a_transaction_pooler_that_mixes_up_prepared_statements_changes_no_answer(
+    database: str, tmp_path: Path
+) -> None:
+    def use(n: int) -> None:
+        api, stranger = (one, other) if n % 2 else (other, one)
+        created = api.post("/tasks", json={"title": f"{n}"})
+        assert created.status_code == 201
+        path = "/tasks/" + created.json()["id"]
+        assert api.get(path).json() == created.json()
+        assert api.patch(path + "/toggle").json() == api.get(path).json()
+        assert stranger.get(path).status_code == 404
+
+    with pgbouncer(database, tmp_path) as pooled, serving(pooled, tmp_path / "log") as server:
+        with client(server) as one, client(server) as other, ThreadPoolExecutor(16) as pool:
+            list(pool.map(use, range(300)))
+        assert [line for line in server.log() if "prepared statements are off" in line["message"]]
+
+
+@contextmanager
+def pgbouncer(database: str, folder: Path) -> Iterator[str]:
+    """Three server connections, shared by transaction, in front of the database."""
+    port, target = free_port(), conninfo_to_dict(database)
+    host = str(target.get("host") or "/var/run/postgresql")
+    (folder / "users").write_text(f'"{target.get("user", "postgres")}" "{target.get("password", "")}"\n')
+    (folder / "ini").write_text(
+        f"[databases]\ntodo_test = host={host} port={target.get('port', 5432)} dbname={target['dbname']}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = trust\nunix_socket_dir =\n"
+        f"auth_file = {folder}/users\npool_mode = transaction\ndefault_pool_size = 3\n"
+    )
+    command = ["pgbouncer", str(folder / "ini")]
+    if os.geteuid() == 0:  # it refuses to run as root
+        for path in (folder, *folder.parents[:2], folder / "ini", folder / "users"):
+            path.chmod(0o755)
+        command[1:1] = ["-u", Path(host).owner() if host.startswith("/") else "nobody"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    user = target.get("user", "postgres")
+    try:
+        yield f"postgresql://{user}@127.0.0.1:{port}/todo_test"
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 # Start and stop.
