@@ -474,6 +474,7 @@ def test_memory_stays_where_it_is_over_200_000_requests(database: Database, tmp_
 
 # Hostile bytes.
 
+FORM = b"POST /auth/token HTTP/1.1\r\nHost: x\r\nContent-Type: "
 HOSTILE = [
     b"\x00\xff" * 500,
     b"GET\r\n\r\n",
@@ -501,10 +502,9 @@ HOSTILE = [
     b"POST /tasks HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     b"POST /tasks HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
     b"POST /tasks HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 200000000\r\n\r\n",
-    b"POST /auth/token HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data\r\nContent-Length: 1\r\n\r\nx",
-    b"POST /auth/token HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=a\r\nContent-Length: 9\r\n\r\n--a\r\n\xff\xfe\r\n",
-    b"POST /auth/token HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 40\r\n\r\n"
-    b"username=%ff%00&password=%ed%a0%80&&&&==",
+    FORM + b"multipart/form-data\r\nContent-Length: 1\r\n\r\nx",
+    FORM + b"multipart/form-data; boundary=a\r\nContent-Length: 9\r\n\r\n--a\r\n\xff\xfe\r\n",
+    FORM + b"application/x-www-form-urlencoded\r\nContent-Length: 40\r\n\r\nusername=%ff%00&password=%ed%a0%80&&&&==",
 ]  # fmt: skip
 
 
