@@ -104,8 +104,8 @@ class Task(SQLModel):
 
     id: UUID
     user_id: str
-    title: str
-    description: str | None
+    title: Title
+    description: Description | None
     completed: bool
     is_completed: bool = Field(schema_extra=OLD_NAME)
     created_at: datetime
@@ -116,7 +116,7 @@ class User(SQLModel):
     """A user. One of an outside issuer has no e-mail here, and no date before the first task."""
 
     id: str
-    email: str | None
+    email: Email | None
     created_at: datetime | None
 
 
@@ -148,6 +148,14 @@ class AccessToken(SQLModel):
     user: User
 
 
+class FieldError(SQLModel):
+    """What is wrong with one value, and where the value came; never the value itself."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
 class Problem(SQLModel):
     """An error (RFC 9457). `detail` may be shown to people; `code` is for programs and stays what it is."""
 
@@ -157,11 +165,88 @@ class Problem(SQLModel):
     detail: str
     code: str
     request_id: str
-    errors: list[dict[str, Any]] | None = None
+    errors: list[FieldError] = Field(default_factory=list)
+
+
+# The OpenAPI document. What an operation can answer follows from what it takes; a range stands for the rest.
+
+CAUSES = {
+    "requestBody": "400 408 413 415 422", "security": "401 429 503", "user_id": "403", "task_id": "404", "limit": "422",
+    "if-none-match": "304", "if-match": "412", "idempotency-key": "400", "register": "409 429 503",
+    "login": "401 429 503", "login_by_form": "401 429 503", "ready": "503", "responses": "4XX 5XX",
+}  # fmt: skip
+HEADERS = {  # the operations and answers that have each, and what it says
+    "ETag": ("tasks", "200|201|304", "The version, for If-Match and If-None-Match."),
+    "Link": ("limit", "200", '`<…>; rel="next"` while more tasks follow.'),
+    "Location": ("create_task", "201", "The path of the task."),
+    "Idempotent-Replayed": ("create_task", "201", "`true` when this key has stored the task before."),
+    "WWW-Authenticate": ("responses", "401", "What was wrong with the token (RFC 6750)."),
+    "Retry-After": ("responses", "429|503", "Seconds to wait."),
+    "RateLimit-Policy": ("responses", "429", 'The limit: `"user";q=600;w=60`.'),
+    "RateLimit": ("responses", "[24]", 'Only with a 429, seconds until the limit starts anew: `"user";r=0;t=30`.'),
+    "Access-Control-Allow-Origin": ("responses", ".", "Where a page of an allowed origin asks: that origin."),
+    "X-Request-ID": ("responses", ".", "The request in the log: the id that came with it, or one of ours."),
+}
+DESCRIPTION = "Errors are problems (RFC 9457): show `detail` to people, let programs look at `code`."
+TAGS = {"tasks": "A user's tasks.", "accounts": "Users and tokens.", "service": "The service itself."}
+TIME, MY_ID = "2026-11-21T13:15:00.123456+00:00", "019aa6b5-5b1c-7cc8-8a53-3c1a6a4e9f10"
+ACCOUNT = {"email": "ann@example.com", "password": "correct horse"}
+ANN = {"id": MY_ID, "email": "ann@example.com", "created_at": TIME}
+STATE = {"description": None, "completed": False, "is_completed": False, "created_at": TIME, "updated_at": TIME}
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "Task": {"id": "019aa6b5-9d02-7a31-b0c4-5e8f7a6b1c2d", "user_id": MY_ID, "title": "Buy milk", **STATE},
+    "TaskCreate": {"title": "Buy milk"},
+    "TaskUpdate": {"description": "Two litres"},
+    "Toggle": {"completed": True},
+    "Login": ACCOUNT,
+    "Registration": ACCOUNT,
+    "User": ANN,
+    "AccessToken": {"access_token": "eyJhbGciOi…", "token_type": "bearer", "expires_in": 86400, "user": ANN},
+    "FieldError": {"loc": ["body", "title"], "msg": "Field required", "type": "missing"},
+    "Problem": {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "Task not found",
+                "code": "task_not_found", "request_id": "7f1d0c5e9b"},
+}  # fmt: skip
+
+
+def complete(document: dict[str, Any]) -> dict[str, Any]:
+    """Adds to FastAPI's document the problems, headers, examples and sizes that it cannot know."""
+    components = document["components"]
+    for name in EXAMPLES.keys() & components["schemas"].keys():
+        components["schemas"][name]["examples"] = [EXAMPLES[name]]
+    components["headers"] = {
+        name: {"description": text, "schema": {"type": "string"}} for name, (_, _, text) in HEADERS.items()
+    }
+    for operation in [operation for item in document["paths"].values() for operation in item.values()]:
+        operation["summary"] = operation.get("description", operation["summary"]).split(". ")[0].rstrip(".")
+        words = {*operation, *operation["tags"], operation["operationId"].removesuffix("_of_user")}
+        words |= {parameter["name"] for parameter in operation.get("parameters", [])}
+        answers = operation["responses"]
+        for status in sorted({status for word in CAUSES.keys() & words for status in CAUSES[word].split()}):
+            phrase = PHRASES.get(status) or TITLES.get(int(status)) or HTTPStatus(int(status)).phrase
+            answers[status] = {"description": phrase, "content": PROBLEM} if status > "4" else {"description": phrase}
+        for status, answer in answers.items():
+            named = [name for name, (word, form, _) in HEADERS.items() if word in words and re.match(form, status)]
+            answer["headers"] = {name: {"$ref": "#/components/headers/" + name} for name in named}
+        operation |= {"responses": dict(sorted(answers.items())), "security": operation.get("security", [{}])}
+    bound(document)
+    return document
+
+
+def bound(part: Any) -> None:
+    """Says how large each string, number and array can become where the schema does not."""
+    if isinstance(part, dict) and isinstance(part.get("type"), str):
+        length = {"uuid": 36, "date-time": 32}.get(part.get("format", ""), 8192)
+        number = {"format": "int32", "minimum": 0, "maximum": 2**31 - 1}
+        sizes: dict[str, Any] = {"string": {"maxLength": length}, "integer": number, "array": {"maxItems": 1000}}
+        part |= sizes.get(part["type"], {}) | part
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        bound(inner)
 
 
 # Errors.
 
+PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+PHRASES = {"4XX": "Any other fault of the request", "5XX": "Any other fault of the service"}
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # as in RFC 9110; Python 3.11 has older ones
 WORDS = {"string_pattern_mismatch": "has a character that is not allowed, or none that can be seen"}
 ANSWERS: dict[type[Exception], tuple[int, str, str]] = {
@@ -256,6 +341,9 @@ class Service(FastAPI):
             expose_headers=["ETag", "Idempotent-Replayed", "Link", "Location", "Retry-After", "X-Request-ID"],
         )
         self.entry: ASGIApp = self.with_cors(super().__call__) if cors_origins else super().__call__
+
+    def openapi(self) -> dict[str, Any]:
+        return self.openapi_schema or complete(super().openapi())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -406,6 +494,14 @@ app = Service(
     [origin.strip() for origin in os.environ.get("CORS_ORIGINS", "").split(",") if origin.strip()],
     title="Todo",
     version=VERSION,
+    summary="A multi-user todo service.",
+    description=DESCRIPTION,
+    contact={"name": "Whoever runs this service"},
+    license_info={"name": "MIT", "identifier": "MIT"},
+    servers=[{"url": "/", "x-internal": False}],
+    openapi_tags=[{"name": name, "description": text} for name, text in TAGS.items()],
+    responses={"4XX": {"model": Problem}},  # in place of FastAPI's own for a 422
+    generate_unique_id_function=lambda route: route.name + "_of_user" * route.path.startswith("/api/"),
     lifespan=lifespan,
     redirect_slashes=False,
     exception_handlers={
@@ -524,7 +620,7 @@ async def create_task(
 
 
 @route("PUT", "/tasks/{task_id}", response_model=Task)
-@route("PATCH", "/tasks/{task_id}", response_model=Task)
+@route("PATCH", "/tasks/{task_id}", response_model=Task, name="patch_task")
 async def update_task(
     request: Request, user_id: CurrentUser, task_id: TaskId, body: TaskUpdate, if_match: IfMatch = None
 ) -> Response:
@@ -533,7 +629,7 @@ async def update_task(
     return show(request, task or await not_written(user_id, task_id, if_match))
 
 
-@route("PATCH", "/tasks/{task_id}/complete", response_model=Task)
+@route("PATCH", "/tasks/{task_id}/complete", response_model=Task, name="complete_task")
 @route("PATCH", "/tasks/{task_id}/toggle", response_model=Task)
 async def toggle_task(
     request: Request, user_id: CurrentUser, task_id: TaskId, body: Toggle | None = None, if_match: IfMatch = None
@@ -584,7 +680,7 @@ async def login(request: Request, body: Login) -> Response:
 async def login_by_form(
     request: Request, username: Annotated[Email, Form()], password: Annotated[str, Form(max_length=1024)]
 ) -> Response:
-    """The same by the form of OAuth2's password grant (RFC 6749 section 4.3), for Swagger UI's Authorize button."""
+    """Gives a token by the form of OAuth2's password grant (RFC 6749 section 4.3), as Swagger UI's Authorize does."""
     return await log_in(request, username, password)
 
 
