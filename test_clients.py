@@ -1,0 +1,414 @@
+"""What holds with the tools of others: linters, generators, Better Auth, browsers, collectors, hosts, Redis.
+
+The packages from npm are pinned below and kept in .data/npm. A test is skipped only where the program it is about is
+missing, and says so: Node and npm for most, chromium and redis-server for one each.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from test_main import (  # fixtures are found by name
+    HERE,
+    NOBODYS_ID,
+    SECRET,
+    Issuer,
+    Server,
+    account,
+    answers,
+    api,
+    client,
+    database,
+    environment,
+    federated,
+    free_port,
+    get,
+    issuer,
+    post,
+    postgres,
+    public,
+    refusal,
+    server,
+    serving,
+    status,
+    task,
+    token,
+    wait_until,
+)
+
+NPM = {
+    "@redocly/cli": "2.77.0",
+    "@stoplight/spectral-cli": "6.16.3",
+    "@stoplight/spectral-owasp-ruleset": "2.0.1",
+    "better-auth": "1.7.25",
+    "openapi-fetch": "0.17.0",
+    "openapi-typescript": "7.13.0",
+    "playwright-core": "1.65.1",
+    "swagger-ui-dist": "5.35.0",
+    "typescript": "5.9.3",
+}
+Run = Callable[..., str]
+
+
+# Programs of Node.
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> Path:
+    """The packages above, installed once."""
+    if not shutil.which("npm"):
+        pytest.skip("Node and npm are not installed")
+    cache = HERE / ".data" / "npm"
+    wanted = json.dumps({"private": True, "dependencies": NPM}, indent=2)
+    done = cache / "installed.json"
+    if not done.exists() or done.read_text() != wanted:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / "package.json").write_text(wanted)
+        install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+        subprocess.run(install, cwd=cache, check=True, timeout=300)
+        done.write_text(wanted)
+    return cache / "node_modules"
+
+
+@pytest.fixture
+def workshop(node_modules: Path, tmp_path: Path) -> Path:
+    """A directory in which the packages can be imported."""
+    (tmp_path / "node_modules").symlink_to(node_modules)
+    return tmp_path
+
+
+@pytest.fixture
+def run(workshop: Path) -> Run:
+    """Runs a program of the packages, or node, and gives its output; its failure is the test's."""
+
+    def run(program: str, *arguments: str) -> str:
+        installed = workshop / "node_modules" / ".bin" / program
+        quiet = {"REDOCLY_TELEMETRY": "off", "REDOCLY_SUPPRESS_UPDATE_NOTICE": "true"}
+        done = subprocess.run(
+            [str(installed) if installed.exists() else program, *arguments],
+            cwd=workshop, env=os.environ | quiet, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+# The OpenAPI document.
+
+
+@pytest.fixture(params=["server", "federated"])
+def document(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The file with the document, once with accounts and once with tokens of an issuer only."""
+    served = get(request.getfixturevalue(request.param).url + "/openapi.json")
+    (tmp_path / "openapi.json").write_bytes(served.content)
+    return "openapi.json"
+
+
+def test_redocly_has_nothing_to_say(run: Run, document: str) -> None:
+    report = json.loads(run("redocly", "lint", "--extends", "recommended-strict", "--format", "json", document))
+    assert report["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("ruleset", "severity"), [("spectral:oas", "hint"), ("@stoplight/spectral-owasp-ruleset", "error")]
+)
+def test_spectral_has_nothing_to_say(run: Run, workshop: Path, document: str, ruleset: str, severity: str) -> None:
+    (workshop / "rules.yaml").write_text(json.dumps({"extends": [ruleset]}))
+    run("spectral", "lint", "--ruleset", "rules.yaml", "--fail-severity", severity, document)
+
+
+TYPED_CLIENT = """
+import createClient from "openapi-fetch";
+import type { components, paths } from "./api.js";
+
+declare const process: { argv: string[] };
+const [baseUrl, token] = process.argv.slice(2);
+const client = createClient<paths>({ baseUrl, headers: { Authorization: `Bearer ${token}` } });
+
+const created = await client.POST("/tasks", { body: { title: "typed" } });
+const task: components["schemas"]["Task"] = created.data!;
+const path = { task_id: task.id };
+const mine = { params: { path: { ...path, user_id: "me" } } };
+const toggled = await client.PATCH("/api/{user_id}/tasks/{task_id}/toggle", mine);
+const page = await client.GET("/tasks", { params: { query: { completed: true, limit: 5 } } });
+const removed = await client.DELETE("/tasks/{task_id}", { params: { path } });
+const missing = await client.GET("/tasks/{task_id}", { params: { path } });
+const code: string = missing.error!.code;
+console.log(JSON.stringify([task.title, toggled.data!.completed, page.data!.length, removed.response.status, code]));
+"""
+
+
+def test_openapi_typescript_makes_a_client_that_compiles_and_works(run: Run, workshop: Path, server: Server) -> None:
+    run("openapi-typescript", server.url + "/openapi.json", "--output", "api.d.ts")
+    (workshop / "package.json").write_text('{"type": "module"}')
+    (workshop / "client.ts").write_text(TYPED_CLIENT)
+    options = {"strict": True, "target": "es2022", "module": "nodenext", "types": []}
+    (workshop / "tsconfig.json").write_text(json.dumps({"compilerOptions": options, "files": ["client.ts"]}))
+    run("tsc")
+    assert json.loads(run("node", "client.js", server.url, token(uuid.uuid4().hex))) == [
+        "typed", True, 1, 204, "task_not_found"
+    ]  # fmt: skip
+
+
+PYTHON_CLIENT = """
+import sys
+from generated import AuthenticatedClient
+from generated.api.tasks import create_task, get_task, list_tasks_of_user, toggle_task
+from generated.models import Problem, Task, TaskCreate
+from generated.models.toggle import Toggle
+
+client = AuthenticatedClient(base_url=sys.argv[1], token=sys.argv[2], verify_ssl=False)
+task = create_task.sync(client=client, body=TaskCreate(title="typed"))
+assert isinstance(task, Task) and task.title == "typed" and task.description is None
+assert toggle_task.sync(task.id, client=client, body=Toggle(completed=True)).completed
+assert [each.id for each in list_tasks_of_user.sync("me", client=client)] == [task.id]
+problem = get_task.sync("01a00000-0000-7000-8000-000000000000", client=client)
+assert isinstance(problem, Problem) and problem.code == "task_not_found" and problem.status == 404
+"""
+
+
+def test_openapi_python_client_makes_a_client_that_compiles_and_works(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "openapi.json").write_bytes(get(server.url + "/openapi.json").content)
+    generator = [sys.executable, "-m", "openapi_python_client", "generate", "--meta", "none", "--fail-on-warning"]
+    paths = ["--path", "openapi.json", "--output-path", "generated"]
+    subprocess.run([*generator, *paths], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "generated"], cwd=tmp_path, check=True)
+    (tmp_path / "use.py").write_text(PYTHON_CLIENT)
+    subprocess.run([sys.executable, "use.py", server.url, token(uuid.uuid4().hex)], cwd=tmp_path, check=True)
+
+
+def test_operation_ids_can_be_read_and_stay_what_they_are(server: Server) -> None:
+    paths = get(server.url + "/openapi.json").json()["paths"]
+    ids = {operation["operationId"] for item in paths.values() for operation in item.values()}
+    of_tasks = {word + "_task" for word in ("create", "get", "update", "patch", "delete", "complete", "toggle")} | {
+        "list_tasks"
+    }
+    of_a_user = {name + "_of_user" for name in of_tasks}
+    assert ids == of_tasks | of_a_user | {
+        "register", "login", "login_by_form", "me", "health", "ready", "root"
+    }  # fmt: skip
+
+
+REQUESTS: list[tuple[str, str, dict[str, Any], int]] = [
+    ("GET", "/tasks", {}, 200),
+    ("GET", "/tasks", {"params": {"limit": 1}}, 200),
+    ("GET", "/tasks", {"headers": {"If-None-Match": "*"}}, 304),
+    ("GET", "/tasks", {"params": {"limit": 0}}, 422),
+    ("GET", "/tasks", {"headers": {"Authorization": ""}}, 401),
+    ("POST", "/tasks", {"json": {"title": "x"}}, 201),
+    ("POST", "/tasks", {"json": {"title": ""}}, 422),
+    ("POST", "/tasks", {"content": "{", "headers": {"Content-Type": "application/json"}}, 400),
+    ("POST", "/tasks", {"content": "x"}, 415),
+    ("POST", "/tasks", {"content": b"x" * 200_000}, 413),
+    ("POST", "/tasks", {"json": {"title": "x"}, "headers": {"Idempotency-Key": "a b"}}, 400),
+    ("GET", "/tasks/{task_id}", {}, 200),
+    ("GET", "/tasks/{task_id}", {"headers": {"If-None-Match": "*"}}, 304),
+    ("GET", "/api/{user_id}/tasks/{task_id}", {}, 403),
+    ("PUT", "/tasks/{task_id}", {"json": {"title": "y"}, "headers": {"If-Match": '"0"'}}, 412),
+    ("PATCH", "/tasks/{task_id}/complete", {}, 200),
+    ("DELETE", "/tasks/{task_id}", {"headers": {"If-Match": '"0"'}}, 412),
+    ("DELETE", "/tasks/{task_id}", {}, 204),
+    ("GET", "/auth/me", {}, 200),
+    ("POST", "/auth/login", {"json": {"email": "nobody@example.com", "password": "wrong horse"}}, 401),
+    ("GET", "/health", {"content": b"x" * 200_000}, 413),
+    ("GET", "/health/ready", {}, 200),
+    ("GET", "/", {}, 200),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "request_", "status"), REQUESTS)
+def test_every_answer_is_documented_with_its_type_and_headers(
+    api: httpx.Client, task: dict[str, Any], method: str, path: str, request_: dict[str, Any], status: int
+) -> None:
+    api.post("/tasks", json={"title": "another, so that there is a next page"})
+    origin = {"Origin": "https://app.example"}
+    concrete = path.format(task_id=task["id"], user_id="somebody")
+    response = api.request(method, concrete, **request_ | {"headers": origin | request_.get("headers", {})})
+    documented = api.get("/openapi.json").json()["paths"][path][method.lower()]["responses"]
+    answer = documented.get(str(status)) or documented[f"{status // 100}XX"]
+    kind = response.headers.get("content-type")
+    unspoken = {"content-length", "content-type", "date", "server", "vary", "connection", "cache-control"}
+    unspoken |= {name for name in response.headers if name.startswith("access-control-")}
+    assert response.status_code == status
+    assert ([kind] if kind else []) == list(answer.get("content", {}))
+    assert set(response.headers) - unspoken <= {name.lower() for name in answer["headers"]}
+
+
+# Better Auth.
+
+BETTER_AUTH = """
+import { createServer } from "node:http";
+import { betterAuth } from "better-auth";
+import { memoryAdapter } from "better-auth/adapters/memory";
+import { toNodeHandler } from "better-auth/node";
+import { jwt } from "better-auth/plugins";
+
+const [url, secret] = process.argv.slice(2);
+const auth = betterAuth({
+  baseURL: url,
+  secret,
+  database: memoryAdapter({ user: [], session: [], account: [], verification: [], jwks: [] }),
+  emailAndPassword: { enabled: true },
+  plugins: [jwt()],
+});
+createServer(toNodeHandler(auth)).listen(new URL(url).port, "127.0.0.1");
+"""
+
+
+@pytest.fixture
+def better_auth(workshop: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Better Auth as its manual sets it up, at an address of its own."""
+    url = f"http://127.0.0.1:{free_port()}"
+    (workshop / "issuer.mjs").write_text(BETTER_AUTH)
+    quiet = os.environ | {"BETTER_AUTH_TELEMETRY": "0"}
+    with subprocess.Popen(["node", "issuer.mjs", url, SECRET], cwd=workshop, env=quiet) as process:
+        wait_until(lambda: process.poll() is not None or reaches(url + "/api/auth/ok"), 30)
+        yield url, process
+        process.kill()
+
+
+def reaches(url: str) -> bool:
+    try:
+        return get(url).is_success
+    except httpx.TransportError:
+        return False
+
+
+def test_a_user_of_better_auth_is_a_user_here_and_stays_one_while_better_auth_is_down(
+    better_auth: tuple[str, subprocess.Popen[bytes]], database: str, tmp_path: Path
+) -> None:
+    url, process = better_auth
+    with httpx.Client(base_url=url + "/api/auth", headers={"Origin": url}, verify=False) as browser:
+        ann = {"name": "Ann", "email": "ann@example.com", "password": "correct horse"}
+        user = browser.post("/sign-up/email", json=ann).raise_for_status().json()["user"]
+        bearer = {"Authorization": "Bearer " + browser.get("/token").raise_for_status().json()["token"]}
+        again = {"Authorization": "Bearer " + browser.get("/token").json()["token"]}
+    settings = {"JWT_SECRET": "", "JWT_JWKS_URL": url + "/api/auth/jwks", "JWT_ISSUER": url, "JWT_AUDIENCE": url}
+    with serving(database, tmp_path / "log", **settings) as server:
+        made = post(f"{server.url}/api/{user['id']}/tasks", json={"title": "x"}, headers=bearer)
+        assert (made.status_code, made.json()["user_id"]) == (201, user["id"])
+        assert get(server.url + "/auth/me", headers=bearer).json()["id"] == user["id"]
+        process.kill()
+        process.wait()
+        for known in (bearer, again):  # the second has not been seen before
+            assert get(server.url + "/tasks", headers=known).json() == [made.json()]
+
+
+def test_better_auths_secret_verifies_tokens_of_the_frontends_own(database: str, tmp_path: Path) -> None:
+    with serving(database, tmp_path / "log", JWT_SECRET="", BETTER_AUTH_SECRET=SECRET) as server:
+        assert status(server, token("a user of Better Auth")) == 200
+
+
+# What real frontends send.
+
+ORIGIN = {"Origin": "https://app.example"}
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize("word", ["complete", "toggle"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"null", b'{"completed": true}'])
+def test_a_toggle_takes_each_body_that_comes_as_json(
+    api: httpx.Client, task: dict[str, Any], word: str, content: bytes | None
+) -> None:
+    path = f"/api/{task['user_id']}/tasks/{task['id']}/{word}"
+    assert api.patch(path, content=content, headers=JSON).json()["completed"] is True
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "application/json;charset=UTF-8", "Application/JSON"]
+)
+def test_json_may_name_its_charset(api: httpx.Client, kind: str) -> None:
+    assert api.post("/tasks", content=b'{"title": "x"}', headers={"Content-Type": kind}).status_code == 201
+
+
+@pytest.mark.parametrize("description", ["", None])
+def test_a_form_left_empty_can_be_sent_and_sent_again(api: httpx.Client, description: str | None) -> None:
+    form = {"title": "x", "description": description}
+    task = api.post("/tasks", json=form).json()
+    assert api.put("/tasks/" + task["id"], json=form).json()["description"] == description
+
+
+def test_a_whole_task_can_be_sent_back(api: httpx.Client, task: dict[str, Any]) -> None:
+    changed = api.put("/tasks/" + task["id"], json=task | {"completed": True, "priority": "high", "tags": []}).json()
+    assert changed["completed"] is changed["is_completed"] is True
+
+
+@pytest.mark.parametrize("headers", [{}, JSON])
+def test_a_delete_may_say_that_its_missing_body_is_json(
+    api: httpx.Client, task: dict[str, Any], headers: dict[str, str]
+) -> None:
+    assert api.delete("/tasks/" + task["id"], headers=headers).status_code == 204
+
+
+@pytest.mark.parametrize("root", ["/api/me/tasks/", "/api/v1/tasks", "/api/v1/todos/", "/api/tasks/", "/todos"])
+def test_a_day_of_a_frontend_at_its_own_address(api: httpx.Client, root: str) -> None:
+    created = api.post(root, json={"title": "x", "description": ""})
+    path = root.rstrip("/") + "/" + created.json()["id"]
+    assert [task["id"] for task in api.get(root).json()] == [created.json()["id"]]
+    assert api.put(path, json={"title": "y"}).json()["title"] == "y"
+    assert api.patch(path + "/complete/", json={}).json()["completed"] is True
+    assert (created.status_code, api.delete(path + "/").status_code) == (201, 204)
+
+
+def test_a_page_may_send_credentials(api: httpx.Client) -> None:
+    answer = api.get("/tasks", headers=ORIGIN | {"Cookie": "better-auth.session_token=x"})
+    asked = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "authorization,content-type"}
+    preflight = api.options("/api/me/tasks/" + NOBODYS_ID, headers=ORIGIN | asked)
+    for response in (answer, preflight):
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == ORIGIN["Origin"]
+        assert response.headers["access-control-allow-credentials"] == "true"
+
+
+# A browser.
+
+AUTHORIZE = """
+import { chromium } from "playwright-core";
+import { readFile } from "node:fs/promises";
+
+const [url, executablePath, email, password, screenshot] = process.argv.slice(2);
+const browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
+const page = await browser.newPage({ viewport: { width: 1200, height: 1000 } });
+await page.route((address) => !address.href.startsWith(url), async (route) => {
+  const name = new URL(route.request().url()).pathname.split("/").at(-1);
+  await readFile("node_modules/swagger-ui-dist/" + name).then((body) => route.fulfill({ body, contentType:
+    name.endsWith(".css") ? "text/css" : "text/javascript" }), () => route.abort());
+});
+await page.goto(url + "/docs");
+await page.click("button.authorize");
+await page.fill("#oauth_username, input[name=username]", email);
+await page.fill("#oauth_password, input[name=password]", password);
+await page.click(".auth-container button.authorize");
+await page.waitForSelector(".auth-container button:has-text('Logout')");
+await page.click("button.btn-done");
+await page.click("#operations-accounts-me .opblock-summary-control");
+await page.click("#operations-accounts-me .try-out__btn");
+await page.click("#operations-accounts-me .execute");
+const answer = page.locator("#operations-accounts-me .live-responses-table .response");
+await answer.waitFor();
+await answer.scrollIntoViewIfNeeded();
+await page.screenshot({ path: screenshot });
+console.log(await answer.innerText());
+await browser.close();
+"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+def test_swagger_uis_authorize_button_logs_in(
+    run: Run, workshop: Path, server: Server, account: dict[str, str]
+) -> None:
+    (workshop / "authorize.mjs").write_text(AUTHORIZE)
+    screenshot = os.environ.get("SCREENSHOT") or str(workshop / "authorized.png")
+    chromium = str(shutil.which("chromium"))
+    answer = run("node", "authorize.mjs", server.url, chromium, account["email"], account["password"], screenshot)
+    assert "200" in answer and account["email"] in answer
