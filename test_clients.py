@@ -9,13 +9,19 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from test_main import (  # fixtures are found by name
     HERE,
@@ -412,3 +418,98 @@ def test_swagger_uis_authorize_button_logs_in(
     chromium = str(shutil.which("chromium"))
     answer = run("node", "authorize.mjs", server.url, chromium, account["email"], account["password"], screenshot)
     assert "200" in answer and account["email"] in answer
+
+
+# Observability.
+
+
+class Collector:
+    """An OTLP/HTTP endpoint on loopback, with what arrived at it."""
+
+    def __init__(self) -> None:
+        self.received: dict[str, list[bytes]] = {"/v1/traces": [], "/v1/metrics": [], "/v1/logs": []}
+        received = self.received
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                received[self.path].append(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def spans(self) -> list[Any]:
+        requests = [ExportTraceServiceRequest.FromString(body) for body in self.received["/v1/traces"]]
+        scopes = [scope for request in requests for group in request.resource_spans for scope in group.scope_spans]
+        return [span for scope in scopes for span in scope.spans]
+
+    def points(self, name: str) -> list[dict[str, Any]]:
+        requests = [ExportMetricsServiceRequest.FromString(body) for body in self.received["/v1/metrics"]]
+        groups = [group for request in requests for group in request.resource_metrics]
+        metrics = [metric for group in groups for scope in group.scope_metrics for metric in scope.metrics]
+        return [plain(point) for metric in metrics if metric.name == name for point in metric.histogram.data_points]
+
+    def logs(self) -> list[dict[str, Any]]:
+        requests = [ExportLogsServiceRequest.FromString(body) for body in self.received["/v1/logs"]]
+        groups = [group for request in requests for group in request.resource_logs]
+        return [plain(record) for group in groups for scope in group.scope_logs for record in scope.log_records]
+
+
+def plain(part: Any) -> dict[str, Any]:
+    """The attributes of a span, point or log record."""
+    return {each.key: each.value.string_value or each.value.int_value for each in part.attributes}
+
+
+SECRET_TITLE = "a title that nobody may read in a trace"
+
+
+@pytest.fixture(scope="module")
+def collector(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
+    """What a collector has once a service that was told of it has served a task, failed once, and stopped."""
+    collector = Collector()
+    settings = {"FASTAPI_OTEL_AUTO_CONFIGURE": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
+    log = tmp_path_factory.mktemp("log") / "log"
+    with serving(database, log, **settings) as server, client(server) as api:
+        made = api.post("/tasks", json={"title": SECRET_TITLE})
+        assert api.get("/api/me/tasks/" + made.json()["id"]).status_code == 200
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute("ALTER TABLE tasks RENAME TO tasks_away")
+            try:
+                assert api.get("/tasks").status_code == 500
+            finally:
+                connection.execute("ALTER TABLE tasks_away RENAME TO tasks")
+    yield collector
+    collector.server.shutdown()
+    collector.server.server_close()
+
+
+def test_requests_are_metered_by_route_and_status(collector: Collector) -> None:
+    points = collector.points("http.server.request.duration")
+    seen = {(point["http.request.method"], point["http.route"], point["http.response.status_code"]) for point in points}
+    assert seen >= {("POST", "/tasks", 201), ("GET", "/api/{user_id}/tasks/{task_id}", 200), ("GET", "/tasks", 500)}
+
+
+def test_a_trace_shows_the_time_of_each_statement_by_its_name(collector: Collector) -> None:
+    spans = {span.name: span for span in collector.spans()}
+    for statement, route in {"INSERT_TASK": "POST /tasks", "SELECT_TASKS": "GET /tasks"}.items():
+        assert spans[statement].trace_id == spans[route].trace_id
+        assert 0 < spans[statement].end_time_unix_nano - spans[statement].start_time_unix_nano < 10**10
+        assert plain(spans[statement]) == {"db.system.name": "postgresql", "db.query.summary": statement}
+
+
+def test_an_error_arrives_as_one(collector: Collector) -> None:
+    [error] = [span for span in collector.spans() if span.name == "GET /tasks"]
+    assert (plain(error)["error.type"], error.status.code) == ("db.StatementFailed", 2)
+    assert "db.StatementFailed" in {record.get("exception.type") for record in collector.logs()}
+
+
+def test_nothing_that_a_user_wrote_reaches_the_collector(collector: Collector) -> None:
+    everything = b"".join(body for bodies in collector.received.values() for body in bodies)
+    assert b"INSERT_TASK" in everything
+    assert SECRET_TITLE.encode() not in everything and b"Bearer" not in everything and b"INSERT INTO" not in everything
