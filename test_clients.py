@@ -6,19 +6,24 @@ missing, and says so: Node and npm for most, chromium and redis-server for one e
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 import uuid
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psycopg
 import pytest
+import yaml
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -27,6 +32,7 @@ from test_main import (  # fixtures are found by name
     HERE,
     NOBODYS_ID,
     SECRET,
+    SETTINGS,
     Issuer,
     Server,
     account,
@@ -513,3 +519,86 @@ def test_nothing_that_a_user_wrote_reaches_the_collector(collector: Collector) -
     everything = b"".join(body for bodies in collector.received.values() for body in bodies)
     assert b"INSERT_TASK" in everything
     assert SECRET_TITLE.encode() not in everything and b"Bearer" not in everything and b"INSERT INTO" not in everything
+
+
+# Hosts.
+
+COMMAND = (HERE / "Procfile").read_text().removeprefix("web: ").strip()
+DOCKERFILE = (HERE / "Dockerfile").read_text()
+FLY = tomllib.loads((HERE / "fly.toml").read_text())
+[RENDER] = yaml.safe_load((HERE / "render.yaml").read_text())["services"]
+SERVICE = ("main.py", "auth.py", "db.py", "schema.sql")
+
+
+def test_every_host_starts_the_procfiles_command() -> None:
+    assert re.findall("^CMD (.*)", DOCKERFILE, re.M) == ["exec " + COMMAND]
+    assert RENDER["startCommand"] == COMMAND
+    assert FLY["build"] == {"dockerfile": "Dockerfile"} and "processes" not in FLY
+
+
+def test_the_command_has_the_flags_that_hosts_need() -> None:
+    words = shlex.split(COMMAND)
+    flags = dict(pairwise(words))
+    assert flags["--workers"] == "1"  # Heroku's WEB_CONCURRENCY would start two
+    assert int(flags["--timeout-keep-alive"]) > 60  # longer than the proxies in front
+    assert int(flags["--timeout-graceful-shutdown"]) < 10 and FLY["kill_timeout"] == "10s"
+    assert flags["--host"] == "0.0.0.0" and flags["--port"] == "${PORT:-8000}" and flags["--forwarded-allow-ips"] == "*"
+
+
+def test_every_host_probes_health_and_not_the_database() -> None:
+    [check] = FLY["http_service"]["checks"]
+    [probe] = re.findall("^HEALTHCHECK .*?CMD (.*)", DOCKERFILE, re.M)
+    assert check["path"] == RENDER["healthCheckPath"] == "/health"
+    assert "/health'" in json.loads(probe)[2]
+    assert int(check["grace_period"].removesuffix("s")) > 30  # db.BOOT_PATIENCE
+
+
+def test_secrets_are_named_and_not_given() -> None:
+    given = {variable.pop("key"): variable for variable in RENDER["envVars"]}
+    assert set(given) <= set(SETTINGS) and {"DATABASE_URL", "JWT_SECRET"} <= set(given)
+    assert all(variable in ({"sync": False}, {"generateValue": True}) for variable in given.values())
+    assert "env" not in FLY and "postgresql://" not in DOCKERFILE
+
+
+def test_the_image_has_no_root_and_no_build_tools() -> None:
+    stages = DOCKERFILE.split("\nFROM ")
+    assert len(stages) == 3 and all(stage.startswith("python:3.11-slim") for stage in stages[1:])
+    assert re.search("^USER todo$", stages[-1], re.M) and "pip" not in stages[-1] and "apt" not in DOCKERFILE
+    assert set(re.findall(r"[\w.]+\.(?:py|sql)\b", re.findall("^COPY (main.*)", stages[-1], re.M)[0])) == set(SERVICE)
+    assert (HERE / ".python-version").read_text().strip() == "3.11"
+
+
+def test_honcho_runs_the_procfile_with_a_dotenv(database: str, tmp_path: Path) -> None:
+    for name in SERVICE:
+        (tmp_path / name).write_bytes((HERE / name).read_bytes())
+    (tmp_path / "Procfile").write_text((HERE / "Procfile").read_text().replace("0.0.0.0", "127.0.0.1"))
+    port = free_port()
+    (tmp_path / ".env").write_text(f"DATABASE_URL={database}\nJWT_SECRET='{SECRET}'\nPORT={port}\n")
+    honcho = Path(sys.executable).parent / "honcho"
+    environ = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environ["PATH"] = f"{honcho.parent}:{environ['PATH']}"
+    with subprocess.Popen([honcho, "start", "web"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE) as process:
+        wait_until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}"), 30)
+        response = get(f"http://127.0.0.1:{port}/tasks", headers={"Authorization": "Bearer " + token("u")})
+        process.terminate()
+        assert process.stdout and b'"route": "/tasks", "status": 200' in process.stdout.read()
+    assert response.status_code == 200 and "server" not in response.headers
+
+
+def test_the_dockerfiles_steps_work_in_a_clean_environment(database: str, tmp_path: Path) -> None:
+    for name in (*SERVICE, "requirements.txt"):
+        (tmp_path / name).write_bytes((HERE / name).read_bytes())
+    port, venv = free_port(), str(tmp_path / "venv")
+    environ = {"PATH": f"{venv}/bin:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
+    environ |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    settings = {"DATABASE_URL": database, "JWT_SECRET": SECRET, "PORT": str(port)}
+    for step in re.findall("^RUN ((?!useradd).*)", DOCKERFILE, re.M):
+        step = step.replace("/venv", venv).replace("python -m", f"{sys.executable} -m")
+        subprocess.run(["sh", "-c", step], cwd=tmp_path, env=environ, check=True, timeout=300, capture_output=True)
+    command = re.findall("^CMD (.*)", DOCKERFILE, re.M)[0].replace("0.0.0.0", "127.0.0.1")
+    probe = json.loads(re.findall("^HEALTHCHECK .*?CMD (.*)", DOCKERFILE, re.M)[0])
+    with subprocess.Popen(["sh", "-c", command], cwd=tmp_path, env=environ | settings) as process:
+        wait_until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}"), 30)
+        assert subprocess.run(probe, env=environ | settings).returncode == 0
+        process.terminate()
+    assert subprocess.run(probe, env=environ | settings, stderr=subprocess.DEVNULL).returncode != 0
