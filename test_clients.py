@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -602,3 +603,59 @@ def test_the_dockerfiles_steps_work_in_a_clean_environment(database: str, tmp_pa
         assert subprocess.run(probe, env=environ | settings).returncode == 0
         process.terminate()
     assert subprocess.run(probe, env=environ | settings, stderr=subprocess.DEVNULL).returncode != 0
+
+
+# Several instances.
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A Redis of its own on loopback: its address and its process."""
+    program, port = shutil.which("redis-server"), str(free_port())
+    if not program:
+        pytest.skip("redis-server is not installed")
+    options = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    with subprocess.Popen([program, *options], stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: process.poll() is not None or listens(int(port)))
+        yield f"redis://127.0.0.1:{port}", process
+        process.kill()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def two_instances(
+    database: str, redis: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> Iterator[tuple[Server, Server]]:
+    """Two instances of the service on one database, which count in one Redis."""
+    settings = {"RATE_LIMIT": "10/hour", "RATE_LIMIT_STORAGE_URI": redis[0]}
+    with serving(database, tmp_path / "1", **settings) as one, serving(database, tmp_path / "2", **settings) as other:
+        yield one, other
+
+
+def test_two_instances_share_one_limit_by_redis(two_instances: tuple[Server, Server]) -> None:
+    one, other = two_instances
+    mine, somebodys = token("u" + uuid.uuid4().hex), token("u" + uuid.uuid4().hex)
+    codes = [status(instance, mine) for _ in range(8) for instance in (one, other)]
+    assert codes == [200] * 10 + [429] * 6
+    assert status(other, somebodys) == 200
+
+
+def test_while_redis_is_down_nobody_is_limited_and_nobody_fails(
+    two_instances: tuple[Server, Server], redis: tuple[str, subprocess.Popen[bytes]]
+) -> None:
+    user = token(uuid.uuid4().hex)
+    assert status(two_instances[0], user) == 200
+    redis[1].kill()
+    redis[1].wait()
+    assert {status(instance, user) for _ in range(12) for instance in two_instances} == {200}
+
+
+def test_what_one_instance_stores_the_other_shows(two_instances: tuple[Server, Server]) -> None:
+    user = uuid.uuid4().hex
+    with client(two_instances[0], user) as one, client(two_instances[1], user) as other:
+        made = one.post("/tasks", json={"title": "x"})
+        assert other.get(made.headers["location"]).headers["etag"] == made.headers["etag"]
