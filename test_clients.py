@@ -416,14 +416,16 @@ await browser.close();
 """
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
 def test_swagger_uis_authorize_button_logs_in(
     run: Run, workshop: Path, server: Server, account: dict[str, str]
 ) -> None:
     (workshop / "authorize.mjs").write_text(AUTHORIZE)
     screenshot = os.environ.get("SCREENSHOT") or str(workshop / "authorized.png")
-    chromium = str(shutil.which("chromium"))
-    answer = run("node", "authorize.mjs", server.url, chromium, account["email"], account["password"], screenshot)
+    answer = run("node", "authorize.mjs", server.url, CHROMIUM, account["email"], account["password"], screenshot)
     assert "200" in answer and account["email"] in answer
 
 
