@@ -189,30 +189,27 @@ HEADERS = {  # the operations and answers that have each, and what it says
 }
 DESCRIPTION = "Errors are problems (RFC 9457): show `detail` to people, let programs look at `code`."
 TAGS = {"tasks": "A user's tasks.", "accounts": "Users and tokens.", "service": "The service itself."}
-TIME, MY_ID = "2026-11-21T13:15:00.123456+00:00", "019aa6b5-5b1c-7cc8-8a53-3c1a6a4e9f10"
-ACCOUNT = {"email": "ann@example.com", "password": "correct horse"}
-ANN = {"id": MY_ID, "email": "ann@example.com", "created_at": TIME}
-STATE = {"description": None, "completed": False, "is_completed": False, "created_at": TIME, "updated_at": TIME}
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "Task": {"id": "019aa6b5-9d02-7a31-b0c4-5e8f7a6b1c2d", "user_id": MY_ID, "title": "Buy milk", **STATE},
-    "TaskCreate": {"title": "Buy milk"},
-    "TaskUpdate": {"description": "Two litres"},
-    "Toggle": {"completed": True},
-    "Login": ACCOUNT,
-    "Registration": ACCOUNT,
-    "User": ANN,
-    "AccessToken": {"access_token": "eyJhbGciOi…", "token_type": "bearer", "expires_in": 86400, "user": ANN},
-    "FieldError": {"loc": ["body", "title"], "msg": "Field required", "type": "missing"},
-    "Problem": {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "Task not found",
-                "code": "task_not_found", "request_id": "7f1d0c5e9b"},
+SAMPLES: dict[str, Any] = {  # of each field, for the examples
+    "id": "019aa6b5-9d02-7a31-b0c4-5e8f7a6b1c2d", "user_id": "019aa6b5-5b1c-7cc8-8a53-3c1a6a4e9f10",
+    "title": "Buy milk", "description": None, "completed": False, "is_completed": False,
+    "created_at": "2026-11-21T13:15:00.123456+00:00", "updated_at": "2026-11-21T13:15:00.123456+00:00",
+    "email": "ann@example.com", "username": "ann@example.com", "password": "correct horse",
+    "access_token": "eyJhbGciOi…", "token_type": "bearer", "expires_in": 86400,
+    "loc": ["body", "title"], "msg": "Field required", "type": "missing",
 }  # fmt: skip
+SAMPLES["user"] = {name: SAMPLES[name] for name in ("id", "email", "created_at")}
+PROBLEM_SAMPLE = {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "Task not found",
+                  "code": "task_not_found", "request_id": "7f1d0c5e9b"}  # fmt: skip
 
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:
     """Adds to FastAPI's document the problems, headers, examples and sizes that it cannot know."""
     components = document["components"]
-    for name in EXAMPLES.keys() & components["schemas"].keys():
-        components["schemas"][name]["examples"] = [EXAMPLES[name]]
+    for name, schema in components["schemas"].items():
+        wanted = {field for field, form in schema["properties"].items() if "deprecated" not in form}
+        wanted |= set(schema.get("required", ()))
+        sample = {field: value for field, value in SAMPLES.items() if field in wanted}
+        schema["examples"] = [PROBLEM_SAMPLE if name == "Problem" else sample]
     components["headers"] = {
         name: {"description": text, "schema": {"type": "string"}} for name, (_, _, text) in HEADERS.items()
     }
