@@ -38,7 +38,7 @@ from http import HTTPStatus
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Never
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 from uuid import UUID
 
 from fastapi import Depends, FastAPI, Form, Header, Query, Request, Response
@@ -232,7 +232,7 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
 def bound(part: Any) -> None:
     """Says how large each string, number and array can become where the schema does not."""
     if isinstance(part, dict) and isinstance(part.get("type"), str):
-        length = {"uuid": 36, "date-time": 32}.get(part.get("format", ""), 8192)
+        length = {"uuid": 36, "date-time": 32}.get(part.get("format", ""), 4096)
         number = {"format": "int32", "minimum": 0, "maximum": 2**31 - 1}
         sizes: dict[str, Any] = {"string": {"maxLength": length}, "integer": number, "array": {"maxItems": 1000}}
         part |= sizes.get(part["type"], {}) | part
@@ -596,8 +596,9 @@ async def list_tasks(
     page, last = await db.select_tasks(user_id, str(after) if after else None, completed, limit)
     if not last:
         return show(request, page)
-    query = urlencode({**request.query_params, "limit": limit, "after": last})
-    return show(request, page, Link="<" + request.scope["path"] + "?" + query + '>; rel="next"')
+    filters = {name: value for name, value in request.query_params.items() if name == "completed"}
+    query = urlencode({**filters, "limit": limit, "after": last})
+    return show(request, page, Link="<" + quote(request.scope["path"]) + "?" + query + '>; rel="next"')
 
 
 @route("POST", "/tasks", response_model=Task, status_code=201)
@@ -613,7 +614,7 @@ async def create_task(
         return problem(request.scope, 422, "This Idempotency-Key came with another body before", "key_reused")
     task, task_id, replayed = created
     headers = {"Idempotent-Replayed": "true"} if replayed else {}
-    return show(request, task, 201, Location=request.scope["path"] + "/" + task_id, **headers)
+    return show(request, task, 201, Location=quote(request.scope["path"]) + "/" + task_id, **headers)
 
 
 @route("PUT", "/tasks/{task_id}", response_model=Task)

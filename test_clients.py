@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import psycopg
@@ -377,6 +378,23 @@ def test_a_day_of_a_frontend_at_its_own_address(api: httpx.Client, root: str) ->
     assert api.put(path, json={"title": "y"}).json()["title"] == "y"
     assert api.patch(path + "/complete/", json={}).json()["completed"] is True
     assert (created.status_code, api.delete(path + "/").status_code) == (201, 204)
+
+
+@pytest.mark.parametrize(
+    "user", ["auth0|1", "用户", "ü", "a b", "a?b#c", "a%2Fb", "google-oauth2|1", "did:x:1", '"<>"']
+)
+def test_location_and_link_lead_on_whatever_the_issuer_calls_its_users(server: Server, user: str) -> None:
+    path = "/api/" + quote(user, safe="") + "/tasks"
+    with client(server, user + uuid.uuid4().hex) as api:
+        assert api.get(path).status_code == 403
+    with client(server, user) as api:
+        created = [api.post(path, json={"title": "x"}) for _ in range(2)]
+        page = api.get(path, params={"limit": 1, "unknown": "x" * 9000})
+        assert api.get(created[0].headers["location"]).json() == created[0].json()
+        assert api.get(page.links["next"]["url"]).json() == [created[0].json()]
+        assert len(page.headers["link"]) < 300
+        for task in created:
+            assert api.delete(task.headers["location"]).status_code == 204
 
 
 def test_a_page_may_send_credentials(api: httpx.Client) -> None:
