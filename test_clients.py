@@ -71,6 +71,7 @@ NPM = {
     "typescript": "5.9.3",
 }
 Run = Callable[..., str]
+BIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where ruff and uvicorn are, activated or not
 
 
 # Programs of Node.
@@ -195,7 +196,7 @@ def test_openapi_python_client_makes_a_client_that_compiles_and_works(server: Se
     (tmp_path / "openapi.json").write_bytes(get(server.url + "/openapi.json").content)
     generator = [sys.executable, "-m", "openapi_python_client", "generate", "--meta", "none", "--fail-on-warning"]
     paths = ["--path", "openapi.json", "--output-path", "generated"]
-    subprocess.run([*generator, *paths], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([*generator, *paths], cwd=tmp_path, env=os.environ | {"PATH": BIN}, check=True, timeout=120)
     subprocess.run([sys.executable, "-m", "compileall", "-q", "generated"], cwd=tmp_path, check=True)
     (tmp_path / "use.py").write_text(PYTHON_CLIENT)
     subprocess.run([sys.executable, "use.py", server.url, token(uuid.uuid4().hex)], cwd=tmp_path, check=True)
@@ -603,7 +604,7 @@ def test_honcho_runs_the_procfile_with_a_dotenv(database: str, tmp_path: Path) -
     (tmp_path / ".env").write_text(f"DATABASE_URL={database}\nJWT_SECRET='{SECRET}'\nPORT={port}\n")
     honcho = Path(sys.executable).parent / "honcho"
     environ = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    environ["PATH"] = f"{honcho.parent}:{environ['PATH']}"
+    environ["PATH"] = BIN
     with subprocess.Popen([honcho, "start", "web"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE) as process:
         wait_until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}"), 30)
         response = get(f"http://127.0.0.1:{port}/tasks", headers={"Authorization": "Bearer " + token("u")})
