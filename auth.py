@@ -223,42 +223,45 @@ async def verify(token: str) -> tuple[str, float]:
         raise Unauthorized
     if not isinstance(exp, (int, float)) or isinstance(exp, bool):
         raise Unauthorized
+    if exp <= time():  # jwt.decode allowed it CLOCK_SKEW more
+        raise Unauthorized("token_expired", "the token has expired")
     return user_id, exp
 
 
-class CurrentUser(OAuth2PasswordBearer):
-    """The dependency of every protected route: gives the id of the user whose token came, counted by the limiter.
+verified: dict[bytes, tuple[str, float]] = {}  # by the token's SHA-256: the user id, and until when to trust that
 
-    The request keeps the id in its state, for the log. Raises Unauthorized and TooManyRequests.
+
+def recall(headers: dict[bytes, bytes]) -> str | None:
+    """The user whose token was verified in the last REMEMBER seconds and has not expired."""
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    user_id, until = verified.get(hashlib.sha256(token).digest(), (None, 0.0))
+    return user_id if time() < until and scheme.lower() == b"bearer" else None
+
+
+class CurrentUser(OAuth2PasswordBearer):
+    """The dependency of every protected route: the id of the user whose token came, counted by the limiter.
+
+    The request's state has it already where recall() knew the token. Raises Unauthorized and TooManyRequests.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.verified: dict[bytes, tuple[str, float, float]] = {}  # by the token's SHA-256: user id, exp, until
-
     async def __call__(self, request: Request) -> str:  # type: ignore[override]  # the user, not the token
-        credentials = [value for name, value in request.scope["headers"] if name == b"authorization"]
-        if not credentials:
-            raise Unauthorized("not_authenticated")
-        scheme, _, token = credentials[0].decode("latin-1").partition(" ")
-        if len(credentials) > 1 or scheme.lower() != "bearer":
-            raise Unauthorized
-        user_id = await self.identify(token.strip())
-        request.state.user_id = user_id
+        user_id: str = request.state.user_id or await self.identify(request)
         if limiter.user_limit:
             await limiter.hit("user", limiter.user_limit, user_id)
         return user_id
 
-    async def identify(self, token: str) -> str:
-        digest, now = hashlib.sha256(token.encode("latin-1")).digest(), time()
-        user_id, exp, until = self.verified.get(digest, ("", 0.0, 0.0))
-        if now >= until:
-            user_id, exp = await verify(token)
-            if len(self.verified) >= MAX_REMEMBERED:
-                del self.verified[next(iter(self.verified))]
-            self.verified[digest] = (user_id, exp, now + REMEMBER)
-        if now >= exp:
-            raise Unauthorized("token_expired", "the token has expired")
+    async def identify(self, request: Request) -> str:
+        credentials = request.headers.getlist("authorization")
+        if not credentials:
+            raise Unauthorized("not_authenticated")
+        scheme, _, token = credentials[0].partition(" ")
+        if len(credentials) > 1 or scheme.lower() != "bearer":
+            raise Unauthorized
+        user_id, exp = await verify(token)
+        if len(verified) >= MAX_REMEMBERED:
+            del verified[next(iter(verified))]
+        verified[hashlib.sha256(token.encode()).digest()] = user_id, min(exp, time() + REMEMBER)
+        request.state.user_id = user_id
         return user_id
 
 
@@ -269,12 +272,6 @@ current_user = CurrentUser(
 )
 if not ACCOUNTS:  # for the OpenAPI document: the tokens come from somebody else
     current_user.model = HTTPBearer(bearerFormat="JWT", description="A JWT, verified as RFC8725 asks.").model
-
-
-def knows(headers: dict[bytes, bytes]) -> bool:
-    """Whether a request's token has been verified lately, so that the request will come to ask the database."""
-    token = headers.get(b"authorization", b"")[7:].strip()
-    return hashlib.sha256(token).digest() in current_user.verified
 
 
 def issue_token(user_id: str) -> tuple[str, int]:

