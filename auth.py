@@ -20,7 +20,7 @@ import anyio.to_thread
 import bcrypt
 import jwt
 from fastapi import HTTPException, Request
-from fastapi.security import OAuth2PasswordBearer
+from fastapi.security import HTTPBearer, OAuth2PasswordBearer
 from limits import RateLimitItem, parse, storage, strategies
 from limits.aio import strategies as asyncio_strategies
 
@@ -265,7 +265,13 @@ class CurrentUser(OAuth2PasswordBearer):
         return user_id
 
 
-current_user = CurrentUser(tokenUrl="auth/token")
+current_user = CurrentUser(
+    tokenUrl="auth/token",
+    refreshUrl="auth/token",
+    description="A JWT, verified as RFC8725 asks. It lives for a day and cannot be refreshed: log in again.",
+)
+if not ACCOUNTS:  # for the OpenAPI document: the tokens come from somebody else
+    current_user.model = HTTPBearer(bearerFormat="JWT", description="A JWT, verified as RFC8725 asks.").model
 
 
 def issue_token(user_id: str) -> tuple[str, int]:

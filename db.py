@@ -22,6 +22,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 import psycopg
+from opentelemetry import trace
 from psycopg import AsyncConnection, conninfo
 from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGresult
@@ -41,6 +42,7 @@ BOOT_PATIENCE = 30.0  # seconds that start-up waits for an absent database
 os.environ["PGTZ"] = "UTC"
 
 log = logging.getLogger("todo.db")
+tracer = trace.get_tracer("todo.db")
 
 
 class Unavailable(Exception):
@@ -70,6 +72,7 @@ class Statement:
         numbered = re.sub(r"%\((\w+)\)s", lambda found: f"${self.parameters.index(found[1]) + 1}", text)
         self.text = numbered.encode()
         self.name = b"todo_" + hashlib.sha256(self.text).hexdigest()[:16].encode()
+        self.label = ""  # the name of its constant
         self.only_reads = text.lstrip().startswith("SELECT")
 
 
@@ -377,7 +380,12 @@ async def apply_schema(schema: bytes) -> None:
 
 
 async def fetch(statement: Statement, **values: Value) -> Rows:
-    return await (reads if statement.only_reads else writes).run(statement, values)
+    lane = reads if statement.only_reads else writes
+    if not trace.get_current_span().is_recording():  # 0.3 us, where a span that nobody asked for is 6
+        return await lane.run(statement, values)
+    attributes = {"db.system.name": "postgresql", "db.query.summary": statement.label}
+    with tracer.start_as_current_span(statement.label, kind=trace.SpanKind.CLIENT, attributes=attributes):
+        return await lane.run(statement, values)
 
 
 class Task(NamedTuple):
@@ -549,3 +557,8 @@ PING = Statement("SELECT 1")
 async def ping() -> None:
     """Returns when the database answers."""
     await fetch(PING)
+
+
+for name, value in list(globals().items()):
+    if isinstance(value, Statement):
+        value.label = name

@@ -1,0 +1,688 @@
+"""What holds with the tools of others: linters, generators, Better Auth, browsers, collectors, hosts, Redis.
+
+The packages from npm are pinned below and kept in .data/npm. A test is skipped only where the program it is about is
+missing, and says so: Node and npm for most, chromium and redis-server for one each.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+import uuid
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import psycopg
+import pytest
+import yaml
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from test_main import (  # fixtures are found by name
+    HERE,
+    NOBODYS_ID,
+    SECRET,
+    SETTINGS,
+    Issuer,
+    Server,
+    account,
+    answers,
+    api,
+    client,
+    database,
+    environment,
+    federated,
+    free_port,
+    get,
+    issuer,
+    post,
+    postgres,
+    public,
+    refusal,
+    server,
+    serving,
+    status,
+    task,
+    token,
+    wait_until,
+)
+
+NPM = {
+    "@redocly/cli": "2.77.0",
+    "@stoplight/spectral-cli": "6.16.3",
+    "@stoplight/spectral-owasp-ruleset": "2.0.1",
+    "better-auth": "1.7.25",
+    "openapi-fetch": "0.17.0",
+    "openapi-typescript": "7.13.0",
+    "playwright-core": "1.65.1",
+    "swagger-ui-dist": "5.35.0",
+    "typescript": "5.9.3",
+}
+Run = Callable[..., str]
+BIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where ruff and uvicorn are, activated or not
+
+
+# Programs of Node.
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> Path:
+    """The packages above, installed once."""
+    if not shutil.which("npm"):
+        pytest.skip("Node and npm are not installed")
+    cache = HERE / ".data" / "npm"
+    wanted = json.dumps({"private": True, "dependencies": NPM}, indent=2)
+    done = cache / "installed.json"
+    if not done.exists() or done.read_text() != wanted:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / "package.json").write_text(wanted)
+        install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+        subprocess.run(install, cwd=cache, check=True, timeout=300)
+        done.write_text(wanted)
+    return cache / "node_modules"
+
+
+@pytest.fixture
+def workshop(node_modules: Path, tmp_path: Path) -> Path:
+    """A directory in which the packages can be imported."""
+    (tmp_path / "node_modules").symlink_to(node_modules)
+    return tmp_path
+
+
+@pytest.fixture
+def run(workshop: Path) -> Run:
+    """Runs a program of the packages, or node, and gives its output; its failure is the test's."""
+
+    def run(program: str, *arguments: str) -> str:
+        installed = workshop / "node_modules" / ".bin" / program
+        quiet = {"REDOCLY_TELEMETRY": "off", "REDOCLY_SUPPRESS_UPDATE_NOTICE": "true"}
+        done = subprocess.run(
+            [str(installed) if installed.exists() else program, *arguments],
+            cwd=workshop, env=os.environ | quiet, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+# The OpenAPI document.
+
+
+@pytest.fixture(params=["server", "federated"])
+def document(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The file with the document, once with accounts and once with tokens of an issuer only."""
+    served = get(request.getfixturevalue(request.param).url + "/openapi.json")
+    (tmp_path / "openapi.json").write_bytes(served.content)
+    return "openapi.json"
+
+
+def test_redocly_has_nothing_to_say(run: Run, document: str) -> None:
+    report = json.loads(run("redocly", "lint", "--extends", "recommended-strict", "--format", "json", document))
+    assert report["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("ruleset", "severity"), [("spectral:oas", "hint"), ("@stoplight/spectral-owasp-ruleset", "error")]
+)
+def test_spectral_has_nothing_to_say(run: Run, workshop: Path, document: str, ruleset: str, severity: str) -> None:
+    (workshop / "rules.yaml").write_text(json.dumps({"extends": [ruleset]}))
+    run("spectral", "lint", "--ruleset", "rules.yaml", "--fail-severity", severity, document)
+
+
+TYPED_CLIENT = """
+import createClient from "openapi-fetch";
+import type { components, paths } from "./api.js";
+
+declare const process: { argv: string[] };
+const [baseUrl, token] = process.argv.slice(2);
+const client = createClient<paths>({ baseUrl, headers: { Authorization: `Bearer ${token}` } });
+
+const created = await client.POST("/tasks", { body: { title: "typed" } });
+const task: components["schemas"]["Task"] = created.data!;
+const path = { task_id: task.id };
+const mine = { params: { path: { ...path, user_id: "me" } } };
+const toggled = await client.PATCH("/api/{user_id}/tasks/{task_id}/toggle", mine);
+const page = await client.GET("/tasks", { params: { query: { completed: true, limit: 5 } } });
+const removed = await client.DELETE("/tasks/{task_id}", { params: { path } });
+const missing = await client.GET("/tasks/{task_id}", { params: { path } });
+const code: string = missing.error!.code;
+console.log(JSON.stringify([task.title, toggled.data!.completed, page.data!.length, removed.response.status, code]));
+"""
+
+
+def test_openapi_typescript_makes_a_client_that_compiles_and_works(run: Run, workshop: Path, server: Server) -> None:
+    run("openapi-typescript", server.url + "/openapi.json", "--output", "api.d.ts")
+    (workshop / "package.json").write_text('{"type": "module"}')
+    (workshop / "client.ts").write_text(TYPED_CLIENT)
+    options = {"strict": True, "target": "es2022", "module": "nodenext", "types": []}
+    (workshop / "tsconfig.json").write_text(json.dumps({"compilerOptions": options, "files": ["client.ts"]}))
+    run("tsc")
+    assert json.loads(run("node", "client.js", server.url, token(uuid.uuid4().hex))) == [
+        "typed", True, 1, 204, "task_not_found"
+    ]  # fmt: skip
+
+
+PYTHON_CLIENT = """
+import sys
+from generated import AuthenticatedClient
+from generated.api.tasks import create_task, get_task, list_tasks_of_user, toggle_task
+from generated.models import Problem, Task, TaskCreate
+from generated.models.toggle import Toggle
+
+client = AuthenticatedClient(base_url=sys.argv[1], token=sys.argv[2], verify_ssl=False)
+task = create_task.sync(client=client, body=TaskCreate(title="typed"))
+assert isinstance(task, Task) and task.title == "typed" and task.description is None
+assert toggle_task.sync(task.id, client=client, body=Toggle(completed=True)).completed
+assert [each.id for each in list_tasks_of_user.sync("me", client=client)] == [task.id]
+problem = get_task.sync("01a00000-0000-7000-8000-000000000000", client=client)
+assert isinstance(problem, Problem) and problem.code == "task_not_found" and problem.status == 404
+"""
+
+
+def test_openapi_python_client_makes_a_client_that_compiles_and_works(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "openapi.json").write_bytes(get(server.url + "/openapi.json").content)
+    generator = [sys.executable, "-m", "openapi_python_client", "generate", "--meta", "none", "--fail-on-warning"]
+    paths = ["--path", "openapi.json", "--output-path", "generated"]
+    subprocess.run([*generator, *paths], cwd=tmp_path, env=os.environ | {"PATH": BIN}, check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "generated"], cwd=tmp_path, check=True)
+    (tmp_path / "use.py").write_text(PYTHON_CLIENT)
+    subprocess.run([sys.executable, "use.py", server.url, token(uuid.uuid4().hex)], cwd=tmp_path, check=True)
+
+
+def test_each_schema_has_an_example_with_every_field_it_requires(server: Server) -> None:
+    for name, schema in get(server.url + "/openapi.json").json()["components"]["schemas"].items():
+        [example] = schema["examples"]
+        assert set(schema.get("required", ())) <= set(example) <= set(schema["properties"]), name
+
+
+def test_operation_ids_can_be_read_and_stay_what_they_are(server: Server) -> None:
+    paths = get(server.url + "/openapi.json").json()["paths"]
+    ids = {operation["operationId"] for item in paths.values() for operation in item.values()}
+    of_tasks = {word + "_task" for word in ("create", "get", "update", "patch", "delete", "complete", "toggle")} | {
+        "list_tasks"
+    }
+    of_a_user = {name + "_of_user" for name in of_tasks}
+    assert ids == of_tasks | of_a_user | {
+        "register", "login", "login_by_form", "me", "health", "ready", "root"
+    }  # fmt: skip
+
+
+REQUESTS: list[tuple[str, str, dict[str, Any], int]] = [
+    ("GET", "/tasks", {}, 200),
+    ("GET", "/tasks", {"params": {"limit": 1}}, 200),
+    ("GET", "/tasks", {"headers": {"If-None-Match": "*"}}, 304),
+    ("GET", "/tasks", {"params": {"limit": 0}}, 422),
+    ("GET", "/tasks", {"headers": {"Authorization": ""}}, 401),
+    ("POST", "/tasks", {"json": {"title": "x"}}, 201),
+    ("POST", "/tasks", {"json": {"title": ""}}, 422),
+    ("POST", "/tasks", {"content": "{", "headers": {"Content-Type": "application/json"}}, 400),
+    ("POST", "/tasks", {"content": "x"}, 415),
+    ("POST", "/tasks", {"content": b"x" * 200_000}, 413),
+    ("POST", "/tasks", {"json": {"title": "x"}, "headers": {"Idempotency-Key": "a b"}}, 400),
+    ("GET", "/tasks/{task_id}", {}, 200),
+    ("GET", "/tasks/{task_id}", {"headers": {"If-None-Match": "*"}}, 304),
+    ("GET", "/api/{user_id}/tasks/{task_id}", {}, 403),
+    ("PUT", "/tasks/{task_id}", {"json": {"title": "y"}, "headers": {"If-Match": '"0"'}}, 412),
+    ("PATCH", "/tasks/{task_id}/complete", {}, 200),
+    ("DELETE", "/tasks/{task_id}", {"headers": {"If-Match": '"0"'}}, 412),
+    ("DELETE", "/tasks/{task_id}", {}, 204),
+    ("GET", "/auth/me", {}, 200),
+    ("POST", "/auth/login", {"json": {"email": "nobody@example.com", "password": "wrong horse"}}, 401),
+    ("GET", "/health", {"content": b"x" * 200_000}, 413),
+    ("GET", "/health/ready", {}, 200),
+    ("GET", "/", {}, 200),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "request_", "status"), REQUESTS)
+def test_every_answer_is_documented_with_its_type_and_headers(
+    api: httpx.Client, task: dict[str, Any], method: str, path: str, request_: dict[str, Any], status: int
+) -> None:
+    api.post("/tasks", json={"title": "another, so that there is a next page"})
+    origin = {"Origin": "https://app.example"}
+    concrete = path.format(task_id=task["id"], user_id="somebody")
+    response = api.request(method, concrete, **request_ | {"headers": origin | request_.get("headers", {})})
+    documented = api.get("/openapi.json").json()["paths"][path][method.lower()]["responses"]
+    answer = documented.get(str(status)) or documented[f"{status // 100}XX"]
+    kind = response.headers.get("content-type")
+    unspoken = {"content-length", "content-type", "date", "server", "vary", "connection", "cache-control"}
+    unspoken |= {name for name in response.headers if name.startswith("access-control-")}
+    assert response.status_code == status
+    assert ([kind] if kind else []) == list(answer.get("content", {}))
+    assert set(response.headers) - unspoken <= {name.lower() for name in answer["headers"]}
+
+
+# Better Auth.
+
+BETTER_AUTH = """
+import { createServer } from "node:http";
+import { betterAuth } from "better-auth";
+import { memoryAdapter } from "better-auth/adapters/memory";
+import { toNodeHandler } from "better-auth/node";
+import { jwt } from "better-auth/plugins";
+
+const [url, secret] = process.argv.slice(2);
+const auth = betterAuth({
+  baseURL: url,
+  secret,
+  database: memoryAdapter({ user: [], session: [], account: [], verification: [], jwks: [] }),
+  emailAndPassword: { enabled: true },
+  plugins: [jwt()],
+});
+createServer(toNodeHandler(auth)).listen(new URL(url).port, "127.0.0.1");
+"""
+
+
+@pytest.fixture
+def better_auth(workshop: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Better Auth as its manual sets it up, at an address of its own."""
+    url = f"http://127.0.0.1:{free_port()}"
+    (workshop / "issuer.mjs").write_text(BETTER_AUTH)
+    quiet = os.environ | {"BETTER_AUTH_TELEMETRY": "0"}
+    with subprocess.Popen(["node", "issuer.mjs", url, SECRET], cwd=workshop, env=quiet) as process:
+        wait_until(lambda: process.poll() is not None or reaches(url + "/api/auth/ok"), 30)
+        yield url, process
+        process.kill()
+
+
+def reaches(url: str) -> bool:
+    try:
+        return get(url).is_success
+    except httpx.TransportError:
+        return False
+
+
+def test_a_user_of_better_auth_is_a_user_here_and_stays_one_while_better_auth_is_down(
+    better_auth: tuple[str, subprocess.Popen[bytes]], database: str, tmp_path: Path
+) -> None:
+    url, process = better_auth
+    with httpx.Client(base_url=url + "/api/auth", headers={"Origin": url}, verify=False) as browser:
+        ann = {"name": "Ann", "email": "ann@example.com", "password": "correct horse"}
+        user = browser.post("/sign-up/email", json=ann).raise_for_status().json()["user"]
+        bearer = {"Authorization": "Bearer " + browser.get("/token").raise_for_status().json()["token"]}
+        again = {"Authorization": "Bearer " + browser.get("/token").json()["token"]}
+    settings = {"JWT_SECRET": "", "JWT_JWKS_URL": url + "/api/auth/jwks", "JWT_ISSUER": url, "JWT_AUDIENCE": url}
+    with serving(database, tmp_path / "log", **settings) as server:
+        made = post(f"{server.url}/api/{user['id']}/tasks", json={"title": "x"}, headers=bearer)
+        assert (made.status_code, made.json()["user_id"]) == (201, user["id"])
+        assert get(server.url + "/auth/me", headers=bearer).json()["id"] == user["id"]
+        process.kill()
+        process.wait()
+        for known in (bearer, again):  # the second has not been seen before
+            assert get(server.url + "/tasks", headers=known).json() == [made.json()]
+
+
+def test_better_auths_secret_verifies_tokens_of_the_frontends_own(database: str, tmp_path: Path) -> None:
+    with serving(database, tmp_path / "log", JWT_SECRET="", BETTER_AUTH_SECRET=SECRET) as server:
+        assert status(server, token("a user of Better Auth")) == 200
+
+
+# What real frontends send.
+
+ORIGIN = {"Origin": "https://app.example"}
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize("word", ["complete", "toggle"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"null", b'{"completed": true}'])
+def test_a_toggle_takes_each_body_that_comes_as_json(
+    api: httpx.Client, task: dict[str, Any], word: str, content: bytes | None
+) -> None:
+    path = f"/api/{task['user_id']}/tasks/{task['id']}/{word}"
+    assert api.patch(path, content=content, headers=JSON).json()["completed"] is True
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "application/json;charset=UTF-8", "Application/JSON"]
+)
+def test_json_may_name_its_charset(api: httpx.Client, kind: str) -> None:
+    assert api.post("/tasks", content=b'{"title": "x"}', headers={"Content-Type": kind}).status_code == 201
+
+
+@pytest.mark.parametrize("description", ["", None])
+def test_a_form_left_empty_can_be_sent_and_sent_again(api: httpx.Client, description: str | None) -> None:
+    form = {"title": "x", "description": description}
+    task = api.post("/tasks", json=form).json()
+    assert api.put("/tasks/" + task["id"], json=form).json()["description"] == description
+
+
+def test_a_whole_task_can_be_sent_back(api: httpx.Client, task: dict[str, Any]) -> None:
+    changed = api.put("/tasks/" + task["id"], json=task | {"completed": True, "priority": "high", "tags": []}).json()
+    assert changed["completed"] is changed["is_completed"] is True
+
+
+@pytest.mark.parametrize("headers", [{}, JSON])
+def test_a_delete_may_say_that_its_missing_body_is_json(
+    api: httpx.Client, task: dict[str, Any], headers: dict[str, str]
+) -> None:
+    assert api.delete("/tasks/" + task["id"], headers=headers).status_code == 204
+
+
+@pytest.mark.parametrize("root", ["/api/me/tasks/", "/api/v1/tasks", "/api/v1/todos/", "/api/tasks/", "/todos"])
+def test_a_day_of_a_frontend_at_its_own_address(api: httpx.Client, root: str) -> None:
+    created = api.post(root, json={"title": "x", "description": ""})
+    path = root.rstrip("/") + "/" + created.json()["id"]
+    assert [task["id"] for task in api.get(root).json()] == [created.json()["id"]]
+    assert api.put(path, json={"title": "y"}).json()["title"] == "y"
+    assert api.patch(path + "/complete/", json={}).json()["completed"] is True
+    assert (created.status_code, api.delete(path + "/").status_code) == (201, 204)
+
+
+@pytest.mark.parametrize(
+    "user", ["auth0|1", "用户", "ü", "a b", "a?b#c", "a%2Fb", "google-oauth2|1", "did:x:1", '"<>"']
+)
+def test_location_and_link_lead_on_whatever_the_issuer_calls_its_users(server: Server, user: str) -> None:
+    path = "/api/" + quote(user, safe="") + "/tasks"
+    with client(server, user + uuid.uuid4().hex) as api:
+        assert api.get(path).status_code == 403
+    with client(server, user) as api:
+        created = [api.post(path, json={"title": "x"}) for _ in range(2)]
+        page = api.get(path, params={"limit": 1, "unknown": "x" * 9000})
+        assert api.get(created[0].headers["location"]).json() == created[0].json()
+        assert api.get(page.links["next"]["url"]).json() == [created[0].json()]
+        assert len(page.headers["link"]) < 300
+        for task in created:
+            assert api.delete(task.headers["location"]).status_code == 204
+
+
+def test_a_page_may_send_credentials(api: httpx.Client) -> None:
+    answer = api.get("/tasks", headers=ORIGIN | {"Cookie": "better-auth.session_token=x"})
+    asked = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "authorization,content-type"}
+    preflight = api.options("/api/me/tasks/" + NOBODYS_ID, headers=ORIGIN | asked)
+    for response in (answer, preflight):
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == ORIGIN["Origin"]
+        assert response.headers["access-control-allow-credentials"] == "true"
+
+
+# A browser.
+
+AUTHORIZE = """
+import { chromium } from "playwright-core";
+import { readFile } from "node:fs/promises";
+
+const [url, executablePath, email, password, screenshot] = process.argv.slice(2);
+const browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
+const page = await browser.newPage({ viewport: { width: 1200, height: 1000 } });
+await page.route((address) => !address.href.startsWith(url), async (route) => {
+  const name = new URL(route.request().url()).pathname.split("/").at(-1);
+  await readFile("node_modules/swagger-ui-dist/" + name).then((body) => route.fulfill({ body, contentType:
+    name.endsWith(".css") ? "text/css" : "text/javascript" }), () => route.abort());
+});
+await page.goto(url + "/docs");
+await page.click("button.authorize");
+await page.fill("#oauth_username, input[name=username]", email);
+await page.fill("#oauth_password, input[name=password]", password);
+await page.click(".auth-container button.authorize");
+await page.waitForSelector(".auth-container button:has-text('Logout')");
+await page.click("button.btn-done");
+await page.click("#operations-accounts-me .opblock-summary-control");
+await page.click("#operations-accounts-me .try-out__btn");
+await page.click("#operations-accounts-me .execute");
+const answer = page.locator("#operations-accounts-me .live-responses-table .response");
+await answer.waitFor();
+await answer.scrollIntoViewIfNeeded();
+await page.screenshot({ path: screenshot });
+console.log(await answer.innerText());
+await browser.close();
+"""
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+def test_swagger_uis_authorize_button_logs_in(
+    run: Run, workshop: Path, server: Server, account: dict[str, str]
+) -> None:
+    (workshop / "authorize.mjs").write_text(AUTHORIZE)
+    screenshot = os.environ.get("SCREENSHOT") or str(workshop / "authorized.png")
+    answer = run("node", "authorize.mjs", server.url, CHROMIUM, account["email"], account["password"], screenshot)
+    assert "200" in answer and account["email"] in answer
+
+
+# Observability.
+
+
+class Collector:
+    """An OTLP/HTTP endpoint on loopback, with what arrived at it."""
+
+    def __init__(self) -> None:
+        self.received: dict[str, list[bytes]] = {"/v1/traces": [], "/v1/metrics": [], "/v1/logs": []}
+        received = self.received
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                received[self.path].append(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def spans(self) -> list[Any]:
+        requests = [ExportTraceServiceRequest.FromString(body) for body in self.received["/v1/traces"]]
+        scopes = [scope for request in requests for group in request.resource_spans for scope in group.scope_spans]
+        return [span for scope in scopes for span in scope.spans]
+
+    def points(self, name: str) -> list[dict[str, Any]]:
+        requests = [ExportMetricsServiceRequest.FromString(body) for body in self.received["/v1/metrics"]]
+        groups = [group for request in requests for group in request.resource_metrics]
+        metrics = [metric for group in groups for scope in group.scope_metrics for metric in scope.metrics]
+        return [plain(point) for metric in metrics if metric.name == name for point in metric.histogram.data_points]
+
+    def logs(self) -> list[dict[str, Any]]:
+        requests = [ExportLogsServiceRequest.FromString(body) for body in self.received["/v1/logs"]]
+        groups = [group for request in requests for group in request.resource_logs]
+        return [plain(record) for group in groups for scope in group.scope_logs for record in scope.log_records]
+
+
+def plain(part: Any) -> dict[str, Any]:
+    """The attributes of a span, point or log record."""
+    return {each.key: each.value.string_value or each.value.int_value for each in part.attributes}
+
+
+SECRET_TITLE = "a title that nobody may read in a trace"
+
+
+@pytest.fixture(scope="module")
+def collector(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
+    """What a collector has once a service that was told of it has served a task, failed once, and stopped."""
+    collector = Collector()
+    settings = {"FASTAPI_OTEL_AUTO_CONFIGURE": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
+    log = tmp_path_factory.mktemp("log") / "log"
+    with serving(database, log, **settings) as server, client(server) as api:
+        made = api.post("/tasks", json={"title": SECRET_TITLE})
+        assert api.get("/api/me/tasks/" + made.json()["id"]).status_code == 200
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute("ALTER TABLE tasks RENAME TO tasks_away")
+            try:
+                assert api.get("/tasks").status_code == 500
+            finally:
+                connection.execute("ALTER TABLE tasks_away RENAME TO tasks")
+    yield collector
+    collector.server.shutdown()
+    collector.server.server_close()
+
+
+def test_requests_are_metered_by_route_and_status(collector: Collector) -> None:
+    points = collector.points("http.server.request.duration")
+    seen = {(point["http.request.method"], point["http.route"], point["http.response.status_code"]) for point in points}
+    assert seen >= {("POST", "/tasks", 201), ("GET", "/api/{user_id}/tasks/{task_id}", 200), ("GET", "/tasks", 500)}
+
+
+def test_a_trace_shows_the_time_of_each_statement_by_its_name(collector: Collector) -> None:
+    spans = {span.name: span for span in collector.spans()}
+    for statement, route in {"INSERT_TASK": "POST /tasks", "SELECT_TASKS": "GET /tasks"}.items():
+        assert spans[statement].trace_id == spans[route].trace_id
+        assert 0 < spans[statement].end_time_unix_nano - spans[statement].start_time_unix_nano < 10**10
+        assert plain(spans[statement]) == {"db.system.name": "postgresql", "db.query.summary": statement}
+
+
+def test_an_error_arrives_as_one(collector: Collector) -> None:
+    [error] = [span for span in collector.spans() if span.name == "GET /tasks"]
+    assert (plain(error)["error.type"], error.status.code) == ("db.StatementFailed", 2)
+    assert "db.StatementFailed" in {record.get("exception.type") for record in collector.logs()}
+
+
+def test_nothing_that_a_user_wrote_reaches_the_collector(collector: Collector) -> None:
+    everything = b"".join(body for bodies in collector.received.values() for body in bodies)
+    assert b"INSERT_TASK" in everything
+    assert SECRET_TITLE.encode() not in everything and b"Bearer" not in everything and b"INSERT INTO" not in everything
+
+
+# Hosts.
+
+COMMAND = (HERE / "Procfile").read_text().removeprefix("web: ").strip()
+DOCKERFILE = (HERE / "Dockerfile").read_text()
+FLY = tomllib.loads((HERE / "fly.toml").read_text())
+[RENDER] = yaml.safe_load((HERE / "render.yaml").read_text())["services"]
+SERVICE = ("main.py", "auth.py", "db.py", "schema.sql")
+
+
+def test_every_host_starts_the_procfiles_command() -> None:
+    assert re.findall("^CMD (.*)", DOCKERFILE, re.M) == ["exec " + COMMAND]
+    assert RENDER["startCommand"] == COMMAND
+    assert FLY["build"] == {"dockerfile": "Dockerfile"} and "processes" not in FLY
+
+
+def test_the_command_has_the_flags_that_hosts_need() -> None:
+    words = shlex.split(COMMAND)
+    flags = dict(pairwise(words))
+    assert flags["--workers"] == "1"  # Heroku's WEB_CONCURRENCY would start two
+    assert int(flags["--timeout-keep-alive"]) > 60  # longer than the proxies in front
+    assert int(flags["--timeout-graceful-shutdown"]) < 10 and FLY["kill_timeout"] == "10s"
+    assert flags["--host"] == "0.0.0.0" and flags["--port"] == "${PORT:-8000}" and flags["--forwarded-allow-ips"] == "*"
+
+
+def test_every_host_probes_health_and_not_the_database() -> None:
+    [check] = FLY["http_service"]["checks"]
+    [probe] = re.findall("^HEALTHCHECK .*?CMD (.*)", DOCKERFILE, re.M)
+    assert check["path"] == RENDER["healthCheckPath"] == "/health"
+    assert "/health'" in json.loads(probe)[2]
+    assert int(check["grace_period"].removesuffix("s")) > 30  # db.BOOT_PATIENCE
+
+
+def test_secrets_are_named_and_not_given() -> None:
+    given = {variable.pop("key"): variable for variable in RENDER["envVars"]}
+    assert set(given) <= set(SETTINGS) and {"DATABASE_URL", "JWT_SECRET"} <= set(given)
+    assert all(variable in ({"sync": False}, {"generateValue": True}) for variable in given.values())
+    assert "env" not in FLY and "postgresql://" not in DOCKERFILE
+
+
+def test_the_image_has_no_root_and_no_build_tools() -> None:
+    stages = DOCKERFILE.split("\nFROM ")
+    assert len(stages) == 3 and all(stage.startswith("python:3.11-slim") for stage in stages[1:])
+    assert re.search("^USER todo$", stages[-1], re.M) and "pip" not in stages[-1] and "apt" not in DOCKERFILE
+    assert set(re.findall(r"[\w.]+\.(?:py|sql)\b", re.findall("^COPY (main.*)", stages[-1], re.M)[0])) == set(SERVICE)
+    assert (HERE / ".python-version").read_text().strip() == "3.11"
+
+
+def test_honcho_runs_the_procfile_with_a_dotenv(database: str, tmp_path: Path) -> None:
+    for name in SERVICE:
+        (tmp_path / name).write_bytes((HERE / name).read_bytes())
+    (tmp_path / "Procfile").write_text((HERE / "Procfile").read_text().replace("0.0.0.0", "127.0.0.1"))
+    port = free_port()
+    (tmp_path / ".env").write_text(f"DATABASE_URL={database}\nJWT_SECRET='{SECRET}'\nPORT={port}\n")
+    honcho = Path(sys.executable).parent / "honcho"
+    environ = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environ["PATH"] = BIN
+    with subprocess.Popen([honcho, "start", "web"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE) as process:
+        wait_until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}"), 30)
+        response = get(f"http://127.0.0.1:{port}/tasks", headers={"Authorization": "Bearer " + token("u")})
+        process.terminate()
+        assert process.stdout and b'"route": "/tasks", "status": 200' in process.stdout.read()
+    assert response.status_code == 200 and "server" not in response.headers
+
+
+def test_the_dockerfiles_steps_work_in_a_clean_environment(database: str, tmp_path: Path) -> None:
+    for name in (*SERVICE, "requirements.txt"):
+        (tmp_path / name).write_bytes((HERE / name).read_bytes())
+    port, venv = free_port(), str(tmp_path / "venv")
+    environ = {"PATH": f"{venv}/bin:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
+    environ |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    settings = {"DATABASE_URL": database, "JWT_SECRET": SECRET, "PORT": str(port)}
+    for step in re.findall("^RUN ((?!useradd).*)", DOCKERFILE, re.M):
+        step = step.replace("/venv", venv).replace("python -m", f"{sys.executable} -m")
+        subprocess.run(["sh", "-c", step], cwd=tmp_path, env=environ, check=True, timeout=300, capture_output=True)
+    command = re.findall("^CMD (.*)", DOCKERFILE, re.M)[0].replace("0.0.0.0", "127.0.0.1")
+    probe = json.loads(re.findall("^HEALTHCHECK .*?CMD (.*)", DOCKERFILE, re.M)[0])
+    with subprocess.Popen(["sh", "-c", command], cwd=tmp_path, env=environ | settings) as process:
+        wait_until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}"), 30)
+        assert subprocess.run(probe, env=environ | settings).returncode == 0
+        process.terminate()
+    assert subprocess.run(probe, env=environ | settings, stderr=subprocess.DEVNULL).returncode != 0
+
+
+# Several instances.
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A Redis of its own on loopback: its address and its process."""
+    program, port = shutil.which("redis-server"), str(free_port())
+    if not program:
+        pytest.skip("redis-server is not installed")
+    options = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    with subprocess.Popen([program, *options], stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: process.poll() is not None or listens(int(port)))
+        yield f"redis://127.0.0.1:{port}", process
+        process.kill()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def two_instances(
+    database: str, redis: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> Iterator[tuple[Server, Server]]:
+    """Two instances of the service on one database, which count in one Redis."""
+    settings = {"RATE_LIMIT": "10/hour", "RATE_LIMIT_STORAGE_URI": redis[0]}
+    with serving(database, tmp_path / "1", **settings) as one, serving(database, tmp_path / "2", **settings) as other:
+        yield one, other
+
+
+def test_two_instances_share_one_limit_by_redis(two_instances: tuple[Server, Server]) -> None:
+    one, other = two_instances
+    mine, somebodys = token("u" + uuid.uuid4().hex), token("u" + uuid.uuid4().hex)
+    codes = [status(instance, mine) for _ in range(8) for instance in (one, other)]
+    assert codes == [200] * 10 + [429] * 6
+    assert status(other, somebodys) == 200
+
+
+def test_while_redis_is_down_nobody_is_limited_and_nobody_fails(
+    two_instances: tuple[Server, Server], redis: tuple[str, subprocess.Popen[bytes]]
+) -> None:
+    user = token(uuid.uuid4().hex)
+    assert status(two_instances[0], user) == 200
+    redis[1].kill()
+    redis[1].wait()
+    assert {status(instance, user) for _ in range(12) for instance in two_instances} == {200}
+
+
+def test_what_one_instance_stores_the_other_shows(two_instances: tuple[Server, Server]) -> None:
+    user = uuid.uuid4().hex
+    with client(two_instances[0], user) as one, client(two_instances[1], user) as other:
+        made = one.post("/tasks", json={"title": "x"})
+        assert other.get(made.headers["location"]).headers["etag"] == made.headers["etag"]
