@@ -9,7 +9,7 @@ FROM python:3.11-slim
 RUN useradd --system --no-create-home todo
 COPY --from=build /venv /venv
 WORKDIR /app
-COPY main.py auth.py db.py schema.sql ./
+COPY main.py auth.py db.py openapi.py schema.sql ./
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1
 USER todo
 EXPOSE 8000

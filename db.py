@@ -196,13 +196,12 @@ class Trip:
 
     async def run(self) -> None:
         """Returns when every call is settled. Raises when the connection is lost, or silent for DEADLINE."""
+        self.heard, socket = monotonic(), self.pgconn.socket
         self.send()
-        self.heard = monotonic()
         self.timer = self.loop.call_later(0.1, self.step, self.tick)
-        socket = self.pgconn.socket
-        self.loop.add_reader(socket, self.step, self.receive)
-        self.step(self.flush)
         try:
+            self.loop.add_reader(socket, self.step, self.receive)
+            self.step(self.flush)
             if self.unanswered:
                 await self.over
         finally:
@@ -263,7 +262,7 @@ class Trip:
         silence, call = monotonic() - self.heard, self.unanswered[0]
         if silence > DEADLINE:
             raise TimeoutError
-        if silence > PATIENCE and not call.cancelled:
+        if (silence > PATIENCE or call.reply.done()) and not call.cancelled:  # done: nobody waits for it any more
             call.cancelled = True
             cancellation = asyncio.create_task(self.connection.cancel_safe(timeout=DEADLINE))
             cancellation.add_done_callback(asyncio.Task.exception)

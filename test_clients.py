@@ -555,7 +555,7 @@ COMMAND = (HERE / "Procfile").read_text().removeprefix("web: ").strip()
 DOCKERFILE = (HERE / "Dockerfile").read_text()
 FLY = tomllib.loads((HERE / "fly.toml").read_text())
 [RENDER] = yaml.safe_load((HERE / "render.yaml").read_text())["services"]
-SERVICE = ("main.py", "auth.py", "db.py", "schema.sql")
+SERVICE = ("main.py", "auth.py", "db.py", "openapi.py", "schema.sql")
 
 
 def test_every_host_starts_the_procfiles_command() -> None:
