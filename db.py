@@ -144,15 +144,15 @@ class Lane:
             timer.cancel()
 
     async def carry(self) -> None:
-        """The life of a carrier. What waits is taken when there is a connection, and not a moment before."""
+        """The life of a carrier. What waits is taken when there is a connection, and not a moment before; the
+        connection goes back to the pool when nothing waits any more."""
         while True:
             batch = [await self.waiting.get()]
             connection = await self.borrow()
-            while len(batch) < self.batch and not self.waiting.empty():
-                batch.append(self.waiting.get_nowait())
-            batch = [call for call in batch if not call.reply.done()]
             try:
-                await Trip(self, connection, batch).run()
+                while batch := self.fill(batch):
+                    await Trip(self, connection, batch).run()
+                    batch = []
             except Exception as error:  # whatever it was: the connection goes, the carrier stays
                 log.warning("connection lost: %s", type(error).__name__)
                 await connection.close()
@@ -160,6 +160,11 @@ class Lane:
                 for call in batch:
                     self.fail(call, Unavailable("connection lost"), again=not_run or call.statement.only_reads)
             await pool.putconn(connection)
+
+    def fill(self, batch: list[Call]) -> list[Call]:
+        while len(batch) < self.batch and not self.waiting.empty():
+            batch.append(self.waiting.get_nowait())
+        return [call for call in batch if not call.reply.done()]
 
     async def borrow(self) -> Connection:
         """A connection that the server has not closed, as soon as there is one."""

@@ -655,6 +655,9 @@ async def root() -> dict[str, str]:
     return {"name": "todo", "version": VERSION, "docs": "/docs"}
 
 
+app.router.routes.sort(key=lambda route: not getattr(route, "path", "").startswith("/tasks"))  # tried in this order
+
+
 # python main.py: development, with a PostgreSQL and a secret of its own in .data.
 
 

@@ -1417,3 +1417,6 @@ def test_the_readme_counts_the_lines_right() -> None:
     assert {name for name, _ in counts} >= {"main.py", "db.py", "auth.py", "schema.sql"}
     for name, lines in counts:
         assert int(lines) == len((HERE / name).read_text().splitlines()), name
+    promised = re.findall(r"a schema, ([\d,]+) lines", (HERE / "README.md").read_text())
+    service = sum(int(lines) for name, lines in counts if name in ("main.py", "db.py", "auth.py", "schema.sql"))
+    assert promised == [f"{service:,}"]
