@@ -44,6 +44,7 @@ MAX_REMEMBERED = 10_000  # tokens, 260 bytes each
 JWKS_LIFETIME = 600  # seconds until keys are fetched anew, behind the requests' backs
 JWKS_PAUSE = 5  # seconds between two fetches: invented kids cannot make us flood the issuer
 BCRYPT_COST = 12  # 0.24 s
+MAX_COUNTERS = 50_000  # of the limiter, 450 bytes each; invented e-mails and addresses could fill the memory
 MAX_PASSWORD = 72  # bytes: bcrypt reads no further
 HASHING = anyio.CapacityLimiter(2)  # passwords hashed at a time, each in a thread
 MAX_HASHING = 20  # passwords that may wait for that: 2.4 s
@@ -115,13 +116,15 @@ class Limiter:
         for key, expiry in list(self.memory.expirations.items()):
             if expiry < time():
                 self.memory.clear(key)
+        if len(self.memory.expirations) > MAX_COUNTERS:
+            self.memory.reset()
 
     async def hit(self, name: str, limit: RateLimitItem, key: str) -> None:
         """Counts one request. Raises TooManyRequests above the limit, and nothing while Redis is out of reach."""
         now = monotonic()
         if now < self.paused_until:
             return
-        if now > self.next_sweep:
+        if now > self.next_sweep or len(self.memory.expirations) > MAX_COUNTERS:
             self.sweep()
         try:
             allowed = self.strategy.hit(limit, name, key)
