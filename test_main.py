@@ -1079,6 +1079,22 @@ def test_known_keys_work_while_the_issuer_is_down_and_new_ones_when_it_is_back(d
     issuer.server.server_close()
 
 
+def test_a_slow_issuer_delays_only_those_whose_key_is_unknown(database: str, tmp_path: Path) -> None:
+    issuer = Issuer()
+    with serving(database, tmp_path / "log", JWT_JWKS_URL=issuer.url) as server, ThreadPoolExecutor(1) as pool:
+        assert status(server, issuer.token()) == 200
+        time.sleep(5.1)  # JWKS_PAUSE
+        issuer.delay = 2
+        unknown = pool.submit(status, server, issuer.token(headers={"kid": "new"}))
+        time.sleep(0.2)
+        started = time.monotonic()
+        assert status(server, issuer.token("RS256")) == 200  # not remembered, so verified with a known key
+        assert time.monotonic() - started < 1
+        assert unknown.result() == 401
+    issuer.server.shutdown()
+    issuer.server.server_close()
+
+
 def test_better_auths_name_for_the_secret_works_and_accounts_can_be_off(database: str, tmp_path: Path) -> None:
     settings = {"JWT_SECRET": "", "BETTER_AUTH_SECRET": SECRET, "ACCOUNTS": "off", "JWT_USER_CLAIM": "user_id"}
     with serving(database, tmp_path / "log", **settings) as server:
