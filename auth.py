@@ -174,8 +174,8 @@ class KeySet:
         try:
             async with asyncio.timeout(JWKS_PAUSE):
                 document = json.loads(await asyncio.to_thread(self._download))
-            self.keys = [key for jwk in document["keys"] if (key := self._usable(jwk))]
-            self.fetched = monotonic()
+            keys = [key for jwk in document["keys"] if (key := self._usable(jwk))]
+            self.keys, self.fetched = keys or self.keys, monotonic()  # an empty set is an issuer's mishap
         except Exception as error:
             log.warning("JWKS not fetched: %s", type(error).__name__)
 

@@ -318,7 +318,7 @@ def test_sigterm_lets_requests_finish_and_ends_within_ten_seconds(database: Data
     process = subprocess.Popen(
         ["sh", "-c", "exec " + line.replace("0.0.0.0", "127.0.0.1")],
         cwd=HERE,
-        env=environment(database.url, PORT=str(port)),
+        env=environment(database.url, PORT=str(port), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
         stdout=log,
         stderr=subprocess.STDOUT,
     )

@@ -931,7 +931,7 @@ class Issuer:
             def do_GET(self) -> None:
                 issuer.requests += 1
                 time.sleep(issuer.delay)
-                body = b"<html>down</html>" if issuer.failing else json.dumps({"keys": issuer.public()}).encode()
+                body = b'{"keys": []}' if issuer.failing else json.dumps({"keys": issuer.public()}).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
