@@ -200,11 +200,9 @@ key_set = KeySet()
 
 async def verify(token: str) -> tuple[str, float]:
     """The user id and the expiry (seconds since 1970) of a JWT. Raises Unauthorized."""
-    if len(token) > MAX_TOKEN:
-        raise Unauthorized
     if token.count(".") != 2:
         raise Unauthorized("token_not_jwt", "not a JWT: an opaque session token has to be exchanged for one")
-    if not COMPACT.fullmatch(token):
+    if len(token) > MAX_TOKEN or not COMPACT.fullmatch(token):
         raise Unauthorized
     try:
         header = jwt.get_unverified_header(token)
@@ -224,7 +222,7 @@ async def verify(token: str) -> tuple[str, float]:
     user_id, exp = claims[USER_CLAIM], claims["exp"]
     if not isinstance(user_id, str) or not 1 <= len(user_id) <= MAX_USER_ID or not user_id.isprintable():
         raise Unauthorized
-    if not isinstance(exp, (int, float)) or isinstance(exp, bool):
+    if type(exp) not in (int, float):  # true is an int to isinstance
         raise Unauthorized
     if exp <= time():  # jwt.decode allowed it CLOCK_SKEW more
         raise Unauthorized("token_expired", "the token has expired")

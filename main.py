@@ -252,6 +252,11 @@ def without_alias(path: str) -> str:
     return ALIASES.sub(lambda found: "" if found[0] == "/api" else "/tasks", path).rstrip("/") or "/"
 
 
+def plain_id(given: bytes) -> str:
+    """A client's own request id if it is short and plain, or one of ours."""
+    return given.decode() if PLAIN_ID.fullmatch(given) else os.urandom(16).hex()
+
+
 class Service(FastAPI):
     """FastAPI behind an edge, which gives each request its id, its plain path, its body in time and its log line.
 
@@ -278,10 +283,8 @@ class Service(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await super().__call__(scope, receive, send)
-        started, method, state = perf_counter(), scope["method"], scope["state"]
-        headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        state["request_id"] = given.decode() if PLAIN_ID.fullmatch(given) else os.urandom(16).hex()
+        started, method, state, headers = perf_counter(), scope["method"], scope["state"], dict(scope["headers"])
+        state["request_id"] = plain_id(headers.get(b"x-request-id", b""))
         state["status"] = 499  # the client left before there was one
         state["user_id"] = auth.recall(headers) if len(headers) == len(scope["headers"]) else None
         scope["path"] = without_alias(scope["path"])
