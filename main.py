@@ -480,9 +480,17 @@ IF_NONE_MATCH = header("If-None-Match", "Answer 304 if one of these ETags is the
 IDEMPOTENCY_KEY = header("Idempotency-Key", "Makes a retry safe: 1 to 255 visible characters, quoted or bare.")
 
 
+def condition(request: Request, name: str) -> str | None:
+    """The value of If-Match or If-None-Match, which may be as long as the OpenAPI document says."""
+    value = request.headers.get(name)
+    if value and len(value) > openapi.MAX_TEXT:
+        raise HTTPException(400, f"{name} is longer than {openapi.MAX_TEXT} characters")
+    return value
+
+
 def versions(request: Request) -> str | None:
     """The versions that If-Match names, as db.py takes them; None for `*` or no header. A weak ETag names none."""
-    if_match = request.headers.get("if-match")
+    if_match = condition(request, "If-Match")
     if if_match is None or if_match.strip() == "*":
         return None
     return "{" + ",".join(re.findall(r'(?<!W/)"(\d{1,18})"', if_match)) + "}"
@@ -493,7 +501,7 @@ def show(request: Request, task: db.Task | None, status: int = 200, **headers: s
     if task is None:
         raise TaskNotFound
     headers["ETag"] = etag = f'"{task.version.decode()}"'
-    known = request.headers.get("if-none-match") if request.method == "GET" else None
+    known = condition(request, "If-None-Match") if request.method == "GET" else None
     if known and (known.strip() == "*" or etag in re.findall(r'"[^"]*"', known)):
         return Response(None, 304, headers)
     return Response(task.json, status, headers, "application/json")

@@ -8,10 +8,12 @@ import re
 from http import HTTPStatus
 from typing import Any
 
+MAX_TEXT = 4096  # characters, where nothing else is said
+
 # What each word of an operation (a parameter, a tag, its id) makes it answer; a range stands for the rest.
 CAUSES = {
     "requestBody": "400 408 413 415 422", "security": "401 429 503", "user_id": "403", "task_id": "404", "limit": "422",
-    "If-None-Match": "304", "If-Match": "412", "Idempotency-Key": "400", "register": "409 429 503",
+    "If-None-Match": "304 400", "If-Match": "400 412", "Idempotency-Key": "400", "register": "409 429 503",
     "login": "401 429 503", "login_by_form": "401 429 503", "ready": "503", "responses": "4XX 5XX",
 }  # fmt: skip
 HEADERS = {  # the operations and answers that have each, and what it says
@@ -76,7 +78,7 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
 def bound(part: Any) -> None:
     """Says how large each string, number and array can become where the schema does not."""
     if isinstance(part, dict) and isinstance(part.get("type"), str):
-        length = {"uuid": 36, "date-time": 32}.get(part.get("format", ""), 4096)
+        length = {"uuid": 36, "date-time": 32}.get(part.get("format", ""), MAX_TEXT)
         number = {"format": "int32", "minimum": 0, "maximum": 2**31 - 1}
         sizes: dict[str, Any] = {"string": {"maxLength": length}, "integer": number, "array": {"maxItems": 1000}}
         part |= sizes.get(part["type"], {}) | part

@@ -906,6 +906,17 @@ def test_if_match_lets_a_write_through_only_in_that_version(
     assert api.request(method, path, json=body, headers={"If-Match": '"7", "1"'}).is_success
 
 
+@pytest.mark.parametrize(("method", "name"), [("GET", "If-None-Match"), ("PUT", "If-Match")])
+def test_a_condition_longer_than_documented_is_400(
+    api: httpx.Client, task: dict[str, Any], method: str, name: str
+) -> None:
+    response = api.request(
+        method, "/tasks/" + task["id"], json={"title": "y"}, headers={name: '"1"' + " " * 4096 + "x"}
+    )
+    refusal(response, 400, "bad_request")
+    assert api.get("/tasks/" + task["id"]).json() == task
+
+
 def test_of_a_hundred_writers_with_one_etag_exactly_one_wins(api: httpx.Client, task: dict[str, Any]) -> None:
     def write(n: int) -> int:
         return api.put("/tasks/" + task["id"], json={"title": f"t{n}"}, headers={"If-Match": '"1"'}).status_code
