@@ -34,6 +34,7 @@ from test_main import (
     HERE,
     NOBODYS_ID,
     Server,
+    answers,
     client,
     environment,
     free_port,
@@ -323,7 +324,7 @@ def test_sigterm_lets_requests_finish_and_ends_within_ten_seconds(database: Data
         stderr=subprocess.STDOUT,
     )
     server = Server(f"http://127.0.0.1:{port}", process, tmp_path / "log")
-    wait_until(lambda: b"startup complete" in (tmp_path / "log").read_bytes())
+    wait_until(lambda: answers(server.url))
     with client(server) as api, ThreadPoolExecutor(1) as pool, connect(server) as idle, connect(server) as stalled:
         task = api.post("/tasks", json={"title": "x"}).json()
         stalled.sendall(upload("u", 100) + b"{")
