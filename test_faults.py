@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from test_main import (
     Server,
     answers,
     client,
+    connect,
     environment,
     free_port,
     get,
@@ -120,10 +120,6 @@ def timed(call: Callable[[], httpx.Response]) -> tuple[int, float]:
 def memory(server: Server) -> float:
     """What the process holds, in MB."""
     return float(psutil.Process(server.process.pid).memory_info().rss) / 1e6
-
-
-def connect(server: Server) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=20)
 
 
 def request(line: bytes, bearer: bytes, body: bytes, length: int | None = None) -> bytes:

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -182,17 +182,18 @@ def account(public: httpx.Client) -> dict[str, str]:
     return account
 
 
+def connect(server: Server, seconds: float = 20) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=seconds)
+
+
 def raw(server: Server, request: bytes, seconds: float = 15) -> bytes:
     """Sends bytes as they are and gives all that comes back until the connection is closed or silent."""
-    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":")[-1])), timeout=seconds) as connection:
+    with connect(server, seconds) as connection:
         connection.sendall(request)
         answer = b""
-        with pytest.MonkeyPatch.context():
-            try:
-                while data := connection.recv(65536):
-                    answer += data
-            except (TimeoutError, ConnectionResetError):
-                pass
+        with suppress(TimeoutError, ConnectionResetError):
+            while data := connection.recv(65536):
+                answer += data
         return answer
 
 
@@ -481,7 +482,7 @@ def test_a_malformed_id_is_a_task_that_is_not_there(
     refusal(api.request(method, path.format(id), json=body), 404, "task_not_found", "Task not found")
 
 
-def test_every_statement_on_tasks_names_the_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_statement_on_tasks_names_the_owner() -> None:
     import db
 
     statements = {name: value.text.decode() for name, value in vars(db).items() if isinstance(value, db.Statement)}
