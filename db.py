@@ -1,7 +1,7 @@
 """Speaks SQL: the statements of the service, the connections they travel on, and the schema.
 
-Statements that wait together share a round trip. Each connection runs in libpq's pipeline mode and takes up to a
-batch of them at once, with a Sync after each: every statement is its own transaction, and an error stays its own
+Statements do not wait for one another's answers. Each connection runs in libpq's pipeline mode and has a window of
+them under way, with a Sync after each: every statement is its own transaction, and an error stays its own
 (https://www.postgresql.org/docs/current/libpq-pipeline-mode.html).
 
 The functions below their SQL are what the rest calls. A task is JSON that PostgreSQL rendered, passed on as bytes;
@@ -30,10 +30,11 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 DEADLINE = 5.0  # seconds for an answer, wherever they are spent: queue, connect, network, lock
 PATIENCE = 1.0  # seconds until a statement is cancelled for the sake of those behind it; a list of 10 MB takes 0.1
-# Connections, and statements a round trip. Reads cost the service's time: few connections, long batches. Commits wait
-# for the disk one after the other on a connection, and together across connections: more of those, short batches.
-READERS, READ_BATCH = 2, 16
-WRITERS, WRITE_BATCH = 6, 4
+# Connections, and statements under way on each. Reads cost the service's time: few connections, wide windows. Commits
+# wait for the disk one after the other on a connection, and together across connections: more of those, narrow ones.
+READERS, READ_WINDOW = 2, 16
+WRITERS, WRITE_WINDOW = 6, 4
+MAX_TRIES = 3  # of a statement whose first try is sure not to have happened
 MAX_WAITING = 2000  # statements that may wait in a lane, at 20 KB a request; one more is refused at once
 BOOT_PATIENCE = 30.0  # seconds that start-up waits for an absent database
 
@@ -90,24 +91,27 @@ def encode(value: Value) -> bytes | None:
     return encoded
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
     """A statement on its way, and the future that gets its rows."""
 
     statement: Statement
     values: list[bytes | None]
     reply: asyncio.Future[Rows]
-    retried: bool = False
+    deadline: float
+    tries: int = 1
     cancelled: bool = False
 
 
 class Connection(AsyncConnection[Any]):
-    """A connection in pipeline mode that knows which statements it has prepared."""
+    """A connection in pipeline mode that knows its prepared statements, and those whose Parse is on its way."""
 
     prepared: set[bytes]
+    parsed: set[bytes]
+    refuses_writes: bool
 
     async def configure(self) -> None:
-        self.prepared = set()
+        self.prepared, self.parsed, self.refuses_writes = set(), set(), False
         self.pgconn.enter_pipeline_mode()
 
     def alive(self) -> bool:
@@ -120,134 +124,156 @@ class Connection(AsyncConnection[Any]):
 
 
 class Lane:
-    """A queue of statements and the carriers that take them to PostgreSQL, each on one connection at a time."""
+    """A queue of statements and the carriers that take them to PostgreSQL."""
 
     prepares = True  # until a pooler turns out to mix up prepared statements (PgBouncer before 1.21)
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, carriers: int, window: int) -> None:
+        self.window = window
         self.waiting: asyncio.Queue[Call] = asyncio.Queue(MAX_WAITING)
-        self.carriers: list[asyncio.Task[None]] = []
+        self.unsettled: set[Call] = set()
+        self.carriers = [Carrier(self) for _ in range(carriers)]
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self.tasks = [asyncio.create_task(work) for work in (self.watch(), *(each.work() for each in self.carriers))]
 
     async def run(self, statement: Statement, values: dict[str, Value]) -> Rows:
         encoded = [encode(values[name]) for name in statement.parameters]
-        loop = asyncio.get_running_loop()
-        call = Call(statement, encoded, loop.create_future())
+        call = Call(statement, encoded, asyncio.get_running_loop().create_future(), monotonic() + DEADLINE)
         try:
             self.waiting.put_nowait(call)
         except asyncio.QueueFull:
             raise Unavailable("too many statements wait") from None
-        timer = loop.call_later(DEADLINE, self.fail, call, Unavailable("no answer by the deadline"), False)
+        self.unsettled.add(call)
         try:
             return await call.reply
         finally:
-            timer.cancel()
+            self.unsettled.discard(call)
 
-    async def carry(self) -> None:
-        """The life of a carrier. What waits is taken when there is a connection, and not a moment before; the
-        connection goes back to the pool when nothing waits any more."""
+    async def watch(self) -> None:
+        """Sees to the deadlines. A timer for each call and each batch would cost a request 3 us."""
         while True:
-            batch = [await self.waiting.get()]
-            connection = await self.borrow()
-            try:
-                while batch := self.fill(batch):
-                    await Trip(self, connection, batch).run()
-                    batch = []
-            except Exception as error:  # whatever it was: the connection goes, the carrier stays
-                log.warning("connection lost: %s", type(error).__name__)
-                await connection.close()
-                not_run = isinstance(error, psycopg.errors.AdminShutdown)
-                for call in batch:
-                    self.fail(call, Unavailable("connection lost"), again=not_run or call.statement.only_reads)
-            await pool.putconn(connection)
-
-    def fill(self, batch: list[Call]) -> list[Call]:
-        while len(batch) < self.batch and not self.waiting.empty():
-            batch.append(self.waiting.get_nowait())
-        return [call for call in batch if not call.reply.done()]
-
-    async def borrow(self) -> Connection:
-        """A connection that the server has not closed, as soon as there is one."""
-        while True:
-            with suppress(PoolTimeout):  # ask each second: what sets the pool to connect is being asked
-                connection = await pool.getconn(timeout=1)
-                if connection.alive():
-                    return connection
-                await connection.close()
-                await pool.putconn(connection)
+            await asyncio.sleep(0.1)
+            now = monotonic()
+            for call in [call for call in self.unsettled if call.deadline < now]:
+                self.fail(call, Unavailable("no answer by the deadline"), again=False)
+            for carrier in self.carriers:
+                if carrier.unanswered:
+                    carrier.step(carrier.tick)
 
     def fail(self, call: Call, error: Exception, again: bool) -> None:
         if call.reply.done():
             return
-        if again and not call.retried and not self.waiting.full():
-            call.retried = True
+        if again and call.tries < MAX_TRIES and not self.waiting.full():
+            call.tries += 1
             self.waiting.put_nowait(call)
         else:
             call.reply.set_exception(error)
 
 
-class Trip:
-    """A batch on one connection. The event loop calls receive(), flush() and tick() while run() waits.
+# Statement not prepared or prepared twice, serialization failure, deadlock, cancelled in a neighbour's place, and
+# read-only transaction.
+NOT_RUN = {"26000", "42P05", "40001", "40P01", "57014", "25006"}
 
-    psycopg's AsyncConnection.wait() would drive it too, but registers the socket anew for each reply: 15 us of each.
+
+class Carrier:
+    """Takes statements of its lane to PostgreSQL, on one connection at a time, and keeps a window of them under way.
+
+    The event loop calls receive() and flush() while deliver() waits. psycopg's AsyncConnection.wait() would drive it
+    too, but registers the socket anew for each reply: 15 us of each.
     """
 
-    def __init__(self, lane: Lane, connection: Connection, batch: list[Call]) -> None:
-        self.lane, self.connection, self.pgconn = lane, connection, connection.pgconn
-        self.unanswered = deque(batch)
+    connection: Connection
+    over: asyncio.Future[None]
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.unanswered: deque[Call] = deque()
         self.outcome: PGresult | None = None
-        self.loop = asyncio.get_running_loop()
-        self.over = self.loop.create_future()
+        self.heard = 0.0
 
-    async def run(self) -> None:
+    async def work(self) -> None:
+        """A carrier's life. What waits is taken when there is a connection, and not a moment before, but for the
+        first; the connection goes back to the pool when nothing waits any more."""
+        while True:
+            first = await self.lane.waiting.get()
+            self.connection = await borrow()
+            try:
+                await self.deliver(first)
+            except Exception as error:  # whatever it was: the connection goes, the carrier stays
+                log.warning("connection lost: %s", type(error).__name__)
+                await self.connection.close()
+                not_run = isinstance(error, psycopg.errors.AdminShutdown)
+                for call in self.unanswered:
+                    self.lane.fail(call, Unavailable("connection lost"), not_run or call.statement.only_reads)
+            self.unanswered.clear()
+            await pool.putconn(self.connection)
+
+    async def deliver(self, first: Call) -> None:
         """Returns when every call is settled. Raises when the connection is lost, or silent for DEADLINE."""
-        self.heard, socket = monotonic(), self.pgconn.socket
-        self.send()
-        self.timer = self.loop.call_later(0.1, self.step, self.tick)
+        loop, socket = asyncio.get_running_loop(), self.connection.pgconn.socket
+        self.over, self.outcome = loop.create_future(), None
+        loop.add_reader(socket, self.step, self.receive)
         try:
-            self.loop.add_reader(socket, self.step, self.receive)
-            self.step(self.flush)
-            if self.unanswered:
-                await self.over
+            self.step(self.load, first)
+            await self.over
         finally:
-            self.timer.cancel()
-            self.loop.remove_reader(socket)
-            self.loop.remove_writer(socket)
+            loop.remove_reader(socket)
+            loop.remove_writer(socket)
 
-    def step(self, act: Callable[[], None]) -> None:
+    def step(self, act: Callable[..., None], *args: Any) -> None:
+        if self.over.done():
+            return
         try:
-            act()
+            act(*args)
         except Exception as error:
-            if not self.over.done():
-                self.over.set_exception(error)
+            self.over.set_exception(error)
 
-    def send(self) -> None:
-        parsed = set(self.connection.prepared)
-        for call in self.unanswered:
-            statement = call.statement
-            if not Lane.prepares:
-                self.pgconn.send_query_params(statement.text, call.values)
-            else:
-                if statement.name not in parsed:
-                    self.pgconn.send_prepare(statement.name, statement.text)
-                    parsed.add(statement.name)
-                self.pgconn.send_query_prepared(statement.name, call.values)
-            self.pgconn.pipeline_sync()  # without it, the batch would be one transaction
+    def load(self, *calls: Call) -> None:
+        """Sends what waits, as far as the window goes."""
+        waiting, retired = self.lane.waiting, self.connection.refuses_writes
+        for call in calls:
+            self.send(call)
+        while len(self.unanswered) < self.lane.window and not waiting.empty() and not retired:
+            self.send(waiting.get_nowait())
+        self.flush()
+        if not self.unanswered:
+            if retired:  # since a failover it may lead to what is a standby now
+                raise psycopg.errors.ReadOnlySqlTransaction
+            self.over.set_result(None)
+
+    def send(self, call: Call) -> None:
+        if call.reply.done():  # nobody waits for it any more
+            return
+        if not self.unanswered:
+            self.heard = monotonic()
+        self.unanswered.append(call)
+        statement, pgconn, parsed = call.statement, self.connection.pgconn, self.connection.parsed
+        if not Lane.prepares:
+            pgconn.send_query_params(statement.text, call.values)
+        else:
+            if statement.name not in parsed:
+                pgconn.send_prepare(statement.name, statement.text)
+                parsed.add(statement.name)
+            pgconn.send_query_prepared(statement.name, call.values)
+        pgconn.pipeline_sync()  # without it, all that is under way would be one transaction
 
     def flush(self) -> None:
-        if self.pgconn.flush():  # the socket is full: 16 tasks of the largest size are a megabyte
-            self.loop.add_writer(self.pgconn.socket, self.step, self.flush)
+        pgconn, loop = self.connection.pgconn, asyncio.get_running_loop()
+        if pgconn.flush():  # the socket is full: 16 tasks of the largest size are a megabyte
+            loop.add_writer(pgconn.socket, self.step, self.flush)
         else:
-            self.loop.remove_writer(self.pgconn.socket)
+            loop.remove_writer(pgconn.socket)
 
     def receive(self) -> None:
         """Settles each call when its Sync comes back: only then is its statement committed."""
-        self.heard = monotonic()
-        self.pgconn.consume_input()
-        while self.unanswered and not self.pgconn.is_busy():
-            result = self.pgconn.get_result()
+        self.heard, pgconn = monotonic(), self.connection.pgconn
+        pgconn.consume_input()
+        while self.unanswered and not pgconn.is_busy():
+            result = pgconn.get_result()
             if result is None:  # between two results, or for ever once the connection is broken
-                if self.pgconn.status != ConnStatus.OK:
+                if pgconn.status != ConnStatus.OK:
                     raise psycopg.OperationalError
             elif result.status == ExecStatus.PIPELINE_SYNC and self.outcome:
                 self.settle(self.unanswered.popleft(), self.outcome)
@@ -258,12 +284,10 @@ class Trip:
                 if not self.outcome and result.status == ExecStatus.FATAL_ERROR:
                     raise_if_lost(result)
                 self.outcome = result
-        if not self.unanswered and not self.over.done():
-            self.over.set_result(None)
+        self.load()
 
     def tick(self) -> None:
         """Cancels a statement after PATIENCE, and after DEADLINE gives up the connection."""
-        self.timer = self.loop.call_later(0.1, self.step, self.tick)
         silence, call = monotonic() - self.heard, self.unanswered[0]
         if silence > DEADLINE:
             raise TimeoutError
@@ -273,18 +297,21 @@ class Trip:
             cancellation.add_done_callback(asyncio.Task.exception)
 
     def settle(self, call: Call, outcome: PGresult) -> None:
-        """Gives a call its rows, its error, or a second try where the first is sure not to have happened."""
+        """Gives a call its rows, its error, or another try where the first is sure not to have happened."""
         if outcome.status == ExecStatus.TUPLES_OK:
             if not call.reply.done():
                 columns, value = range(outcome.nfields), outcome.get_value
                 call.reply.set_result([tuple([value(row, n) for n in columns]) for row in range(outcome.ntuples)])
             return
         sqlstate = sqlstate_of(outcome)
-        if sqlstate == "42P05" or (sqlstate == "26000" and call.statement.name in self.connection.prepared):
+        prepared = call.statement.name in self.connection.prepared
+        if not prepared:
+            self.connection.parsed.discard(call.statement.name)
+        if sqlstate == "42P05" or (sqlstate == "26000" and prepared):
             log.warning("prepared statements are off: a pooler on the way mixes them up")
             Lane.prepares = False
-        # Statement not prepared or prepared twice, serialization failure, deadlock, cancelled in a neighbour's place.
-        again = sqlstate in {"26000", "42P05", "40001", "40P01", "57014"} and not call.cancelled
+        self.connection.refuses_writes |= sqlstate == "25006"
+        again = sqlstate in NOT_RUN and not call.cancelled
         self.lane.fail(call, error_of(sqlstate, outcome), again)
 
 
@@ -342,7 +369,19 @@ pool = AsyncConnectionPool(
     reconnect_timeout=2,
     open=False,
 )
-reads, writes = Lane(READ_BATCH), Lane(WRITE_BATCH)  # apart, so that writes waiting for a lock never hold up a read
+# Two lanes, so that writes waiting for a lock never hold up a read.
+reads, writes = Lane(READERS, READ_WINDOW), Lane(WRITERS, WRITE_WINDOW)
+
+
+async def borrow() -> Connection:
+    """A connection that the server has not closed, as soon as there is one."""
+    while True:
+        with suppress(PoolTimeout):  # ask each second: what sets the pool to connect is being asked
+            connection = await pool.getconn(timeout=1)
+            if connection.alive():
+                return connection
+            await connection.close()
+            await pool.putconn(connection)
 
 
 async def start() -> None:
@@ -357,14 +396,14 @@ async def start() -> None:
                 raise Unavailable(str(error).splitlines()[0]) from None
             await asyncio.sleep(0.5)
     await pool.open()
-    for lane, width in (reads, READERS), (writes, WRITERS):
-        lane.carriers = [asyncio.create_task(lane.carry()) for _ in range(width)]
+    reads.start()
+    writes.start()
 
 
 async def stop() -> None:
     """Closes the connections."""
-    for carrier in reads.carriers + writes.carriers:
-        carrier.cancel()
+    for task in reads.tasks + writes.tasks:
+        task.cancel()
     await pool.close()
 
 

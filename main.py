@@ -24,6 +24,7 @@ import gc
 import json
 import logging
 import os
+import random
 import re
 import secrets
 import signal
@@ -254,7 +255,7 @@ def without_alias(path: str) -> str:
 
 def plain_id(given: bytes) -> str:
     """A client's own request id if it is short and plain, or one of ours."""
-    return given.decode() if PLAIN_ID.fullmatch(given) else os.urandom(16).hex()
+    return given.decode() if PLAIN_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 class Service(FastAPI):
@@ -308,7 +309,7 @@ class Service(FastAPI):
             pass
         except Exception as error:  # answered by on_error, with a 500
             log.error("unhandled exception", exc_info=error)
-        log_request(method, scope, perf_counter() - started)
+        json_log.request(method, scope, perf_counter() - started)
         scope.clear()  # uvicorn keeps it until the connection's next request
 
     async def admit(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -349,16 +350,19 @@ async def whole_body(headers: dict[bytes, bytes], receive: Receive) -> Receive:
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise HTTPException(415, "The body must not be compressed", close)
     size, more = int(headers.get(b"content-length", 0)), True
+    task: Any = asyncio.current_task()
+    timer = asyncio.get_running_loop().call_later(BODY_TIMEOUT, task.cancel)  # asyncio.timeout() takes 7 us
     try:
-        async with asyncio.timeout(BODY_TIMEOUT):
-            while more and size <= MAX_BODY:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ConnectionError
-                body += message["body"]
-                size, more = max(size, len(body)), message["more_body"]
-    except TimeoutError:
+        while more and size <= MAX_BODY:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionError
+            body += message["body"]
+            size, more = max(size, len(body)), message["more_body"]
+    except asyncio.CancelledError:
         raise HTTPException(408, f"The body did not arrive within {BODY_TIMEOUT} seconds", close) from None
+    finally:
+        timer.cancel()
     if size > MAX_BODY:
         raise HTTPException(413, f"The body is larger than {MAX_BODY} bytes", close)
     messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
@@ -372,34 +376,48 @@ async def whole_body(headers: dict[bytes, bytes], receive: Receive) -> Receive:
 # Logs: a line of JSON for each request, start, stop and failure.
 
 
-def write_log(level: str, fields: str) -> None:
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    os.write(1, f'{{"time": "{now}", "level": "{level}", {fields}}}\n'.encode())
+class JsonLog(logging.Handler):
+    """Writes to stdout, and what came in one turn of the event loop together: a write of its own is 8 us a request."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
 
-def log_request(method: str, scope: Scope, seconds: float) -> None:
-    """By hand, in 4 us: each request pays it. Only a user id needs escaping."""
-    state = scope["state"]
-    route = f'"{scope["route"].path}"' if "route" in scope else "null"
-    user_id = json.dumps(state["user_id"])
-    write_log(
-        "INFO",
-        f'"message": "request", "request_id": "{state["request_id"]}", "method": "{method}", "route": {route}, '
-        f'"status": {state["status"]}, "duration_ms": {seconds * 1000:.2f}, "user_id": {user_id}',
-    )
+    def add(self, level: str, fields: str) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.lines.append(f'{{"time": "{now}", "level": "{level}", {fields}}}\n')
 
+    def flush(self) -> None:
+        lines, self.lines = self.lines, []
+        sys.stdout.writelines(lines)
+        sys.stdout.flush()
 
-class JsonHandler(logging.Handler):
-    """Everybody else's log records, in the same form. Of an exception it keeps the type and the places; the message
-    may repeat what a user sent."""
+    def request(self, method: str, scope: Scope, seconds: float) -> None:
+        """By hand, in 4 us: each request pays it. Only a user id needs escaping."""
+        state = scope["state"]
+        route = f'"{scope["route"].path}"' if "route" in scope else "null"
+        if not self.lines:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self.add(
+            "INFO",
+            f'"message": "request", "request_id": "{state["request_id"]}", "method": "{method}", "route": {route}, '
+            f'"status": {state["status"]}, "duration_ms": {seconds * 1000:.2f}, '
+            f'"user_id": {json.dumps(state["user_id"])}',
+        )
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Everybody else's records. Of an exception only the type and the places: its message may repeat what a user
+        sent."""
         fields: dict[str, Any] = {"message": record.getMessage(), "logger": record.name}
         if record.exc_info and record.exc_info[1]:
             frames = traceback.extract_tb(record.exc_info[2])
             fields["exception"] = type(record.exc_info[1]).__name__
             fields["trace"] = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
-        write_log(record.levelname, json.dumps(fields)[1:-1])
+        self.add(record.levelname, json.dumps(fields)[1:-1])
+        self.flush()
+
+
+json_log = JsonLog()
 
 
 # The app.
@@ -449,7 +467,7 @@ app = Service(
     },
 )
 if __name__ != "__main__":  # a server imports us: this is the service, not develop()
-    logging.basicConfig(level=logging.INFO, handlers=[JsonHandler()], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[json_log], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"  # our own line says more
