@@ -13,7 +13,7 @@ MAX_TEXT = 4096  # characters, where nothing else is said
 # What each word of an operation (a parameter, a tag, its id) makes it answer; a range stands for the rest.
 CAUSES = {
     "requestBody": "400 408 413 415 422", "security": "401 429 503", "user_id": "403", "task_id": "404", "limit": "422",
-    "If-None-Match": "304 400", "If-Match": "400 412", "Idempotency-Key": "400", "register": "409 429 503",
+    "If-None-Match": "304 422", "If-Match": "412 422", "Idempotency-Key": "400", "register": "409 429 503",
     "login": "401 429 503", "login_by_form": "401 429 503", "ready": "503", "responses": "4XX 5XX",
 }  # fmt: skip
 HEADERS = {  # the operations and answers that have each, and what it says
