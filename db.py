@@ -267,24 +267,29 @@ class Carrier:
             loop.remove_writer(pgconn.socket)
 
     def receive(self) -> None:
-        """Settles each call when its Sync comes back: only then is its statement committed."""
         self.heard, pgconn = monotonic(), self.connection.pgconn
         pgconn.consume_input()
+        gaps = 0
         while self.unanswered and not pgconn.is_busy():
             result = pgconn.get_result()
-            if result is None:  # between two results, or for ever once the connection is broken
-                if pgconn.status != ConnStatus.OK:
-                    raise psycopg.OperationalError
-            elif result.status == ExecStatus.PIPELINE_SYNC and self.outcome:
-                self.settle(self.unanswered.popleft(), self.outcome)
-                self.outcome = None
-            elif result.status == ExecStatus.COMMAND_OK:  # prepared; our statements all answer with rows
-                self.connection.prepared.add(self.unanswered[0].statement.name)
-            elif result.status != ExecStatus.PIPELINE_ABORTED:
-                if not self.outcome and result.status == ExecStatus.FATAL_ERROR:
-                    raise_if_lost(result)
-                self.outcome = result
+            gaps = 0 if result else gaps + 1
+            if gaps > 1:  # one stands between two results; a broken connection has nothing else any more
+                raise psycopg.OperationalError
+            if result:
+                self.take(result)
         self.load()
+
+    def take(self, result: PGresult) -> None:
+        """Settles a call when its Sync comes back: only then is its statement committed."""
+        if result.status == ExecStatus.PIPELINE_SYNC:
+            self.settle(self.unanswered.popleft(), self.outcome)
+            self.outcome = None
+        elif result.status == ExecStatus.COMMAND_OK:  # prepared, or done without rows
+            self.connection.prepared.add(self.unanswered[0].statement.name)
+        elif result.status != ExecStatus.PIPELINE_ABORTED:
+            if not self.outcome and result.status == ExecStatus.FATAL_ERROR:
+                raise_if_lost(result)
+            self.outcome = result
 
     def tick(self) -> None:
         """Cancels a statement after PATIENCE, and after DEADLINE gives up the connection."""
@@ -296,12 +301,11 @@ class Carrier:
             cancellation = asyncio.create_task(self.connection.cancel_safe(timeout=DEADLINE))
             cancellation.add_done_callback(asyncio.Task.exception)
 
-    def settle(self, call: Call, outcome: PGresult) -> None:
+    def settle(self, call: Call, outcome: PGresult | None) -> None:
         """Gives a call its rows, its error, or another try where the first is sure not to have happened."""
-        if outcome.status == ExecStatus.TUPLES_OK:
+        if outcome is None or outcome.status == ExecStatus.TUPLES_OK:
             if not call.reply.done():
-                columns, value = range(outcome.nfields), outcome.get_value
-                call.reply.set_result([tuple([value(row, n) for n in columns]) for row in range(outcome.ntuples)])
+                call.reply.set_result(rows_of(outcome) if outcome else [])
             return
         sqlstate = sqlstate_of(outcome)
         prepared = call.statement.name in self.connection.prepared
@@ -313,6 +317,11 @@ class Carrier:
         self.connection.refuses_writes |= sqlstate == "25006"
         again = sqlstate in NOT_RUN and not call.cancelled
         self.lane.fail(call, error_of(sqlstate, outcome), again)
+
+
+def rows_of(result: PGresult) -> Rows:
+    columns, value = range(result.nfields), result.get_value
+    return [tuple([value(row, column) for column in columns]) for row in range(result.ntuples)]
 
 
 def sqlstate_of(result: PGresult) -> str:
