@@ -272,7 +272,7 @@ class LeanRoute(APIRoute):
         async def handle(request: Request) -> Response:
             arguments = await resolve(request, {})
             if body:
-                arguments[body.name] = await read_json(request, schema)
+                arguments[body.name] = read_json(request, schema)
             return await endpoint(**arguments)
 
         return handle
@@ -306,9 +306,10 @@ def resolver(dependant: Dependant) -> Callable[[Request, dict[Any, Any]], Awaita
     return resolve
 
 
-async def read_json(request: Request, schema: TypeAdapter[Any]) -> Any:
-    """The body by a schema. An empty one stands for null. Raises HTTPException(415) and RequestValidationError."""
-    body = await request.body()
+def read_json(request: Request, schema: TypeAdapter[Any]) -> Any:
+    """The body, which the edge has read, by a schema. An empty one stands for null. Raises HTTPException(415) and
+    RequestValidationError."""
+    body = request.state.body
     if body and not JSON.match(request.headers.get("content-type", "")):
         raise HTTPException(415, "The body has to come as Content-Type: application/json")
     try:
@@ -362,6 +363,7 @@ class Service(FastAPI):
         started, method, state, headers = perf_counter(), scope["method"], scope["state"], dict(scope["headers"])
         state["request_id"] = plain_id(headers.get(b"x-request-id", b""))
         state["status"] = 499  # the client left before there was one
+        state["body"] = b""
         state["user_id"] = auth.recall(headers) if len(headers) == len(scope["headers"]) else None
         scope["path"] = without_alias(scope["path"])
         if method == "HEAD":  # in a copy: uvicorn looks at the original to leave the body out
@@ -375,7 +377,7 @@ class Service(FastAPI):
 
         try:
             if b"content-length" in headers or b"transfer-encoding" in headers:
-                receive = await whole_body(headers, receive)
+                receive = await whole_body(state, headers, receive)
             await self.admit(scope, receive, tag)
         except HTTPException as error:
             response = await on_http_exception(Request(scope), error)
@@ -415,7 +417,7 @@ class Service(FastAPI):
                     self.slots.release()
 
 
-async def whole_body(headers: dict[bytes, bytes], receive: Receive) -> Receive:
+async def whole_body(state: dict[str, Any], headers: dict[bytes, bytes], receive: Receive) -> Receive:
     """Reads the body before anything else is spent on the request, at most MAX_BODY bytes for BODY_TIMEOUT seconds.
 
     FastAPI's max_body_size answers in plain text, and neither it nor uvicorn limits the time. Raises HTTPException
@@ -440,7 +442,8 @@ async def whole_body(headers: dict[bytes, bytes], receive: Receive) -> Receive:
         timer.cancel()
     if size > MAX_BODY:
         raise HTTPException(413, f"The body is larger than {MAX_BODY} bytes", close)
-    messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
+    state["body"] = bytes(body)
+    messages = iter([{"type": "http.request", "body": state["body"], "more_body": False}])
 
     async def replay() -> Message:
         return next(messages, None) or await receive()
