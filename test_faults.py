@@ -378,6 +378,19 @@ def test_clients_that_leave_in_the_middle_leave_nothing_behind(server: Server, a
     assert api.get("/tasks").status_code == 200
 
 
+def test_clients_that_leave_while_their_requests_wait_are_no_failure(
+    database: Database, server: Server, api: httpx.Client
+) -> None:
+    path = "/tasks/" + api.post("/tasks", json={"title": "x"}).json()["id"]
+    toggle = request(f"PATCH {path}/toggle".encode(), api.headers["Authorization"].encode(), b"")
+    with database.frozen():
+        for _ in range(200):
+            with connect(server) as connection:
+                connection.sendall(toggle)
+    wait_until(lambda: api.get(path).is_success)
+    assert not [line for line in server.log() if line["level"] == "ERROR"]
+
+
 def test_a_thousand_idle_connections_stay_under_100_mb(database: Database, tmp_path: Path) -> None:
     with serving(database.url, tmp_path / "log") as server:
         connections = [connect(server) for _ in range(1000)]
