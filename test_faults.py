@@ -381,13 +381,16 @@ def test_clients_that_leave_in_the_middle_leave_nothing_behind(server: Server, a
 def test_clients_that_leave_while_their_requests_wait_are_no_failure(
     database: Database, server: Server, api: httpx.Client
 ) -> None:
-    path = "/tasks/" + api.post("/tasks", json={"title": "x"}).json()["id"]
-    toggle = request(f"PATCH {path}/toggle".encode(), api.headers["Authorization"].encode(), b"")
+    task = api.post("/tasks", json={"title": "x"}).json()
+    toggle = request(f"PATCH /tasks/{task['id']}/toggle".encode(), api.headers["Authorization"].encode(), b"")
+    waiting = [connect(server) for _ in range(200)]
     with database.frozen():
-        for _ in range(200):
-            with connect(server) as connection:
-                connection.sendall(toggle)
-    wait_until(lambda: api.get(path).is_success)
+        for connection in waiting:
+            connection.sendall(toggle)
+        assert get(server.url + "/health").status_code == 200  # so those sent before have been read
+        for connection in waiting:
+            connection.close()
+    wait_until(lambda: sum(line.get("route") == "/tasks/{task_id}/toggle" for line in server.log()) >= 200)
     assert not [line for line in server.log() if line["level"] == "ERROR"]
 
 
