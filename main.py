@@ -577,7 +577,7 @@ def show(task: db.Task | None, status: int = 200, known: str | None = None, **he
 
 async def not_written(user_id: str, task_id: str, if_match: str | None) -> Never:
     """Why a write found no task: 412 if it is there in another version, 404 otherwise."""
-    if if_match and await db.select_task(user_id, task_id):
+    if if_match is not None and await db.select_task(user_id, task_id):
         raise HTTPException(412, "The task has been changed since")
     raise TaskNotFound
 
