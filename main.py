@@ -176,7 +176,6 @@ class Problem(SQLModel):
 
 # Errors.
 
-TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # as in RFC 9110; Python 3.11 has older ones
 WORDS = {"string_pattern_mismatch": "has a character that is not allowed, or none that can be seen"}
 ANSWERS: dict[type[Exception], tuple[int, str, str]] = {
     db.Unavailable: (503, "The database is not available", "unavailable"),
@@ -198,7 +197,7 @@ def problem(
     scope: Scope, status: int, detail: str, code: str = "", headers: Any = None, errors: Any = None
 ) -> Response:
     """An error as RFC 9457 writes it. Where nothing more precise is known, its code is made of the title."""
-    title = TITLES.get(status) or HTTPStatus(status).phrase
+    title = openapi.PHRASES.get(str(status)) or HTTPStatus(status).phrase
     body = {
         "type": "about:blank",
         "title": title,
@@ -228,7 +227,7 @@ def allowed_methods(scope: Scope) -> list[str]:
 
 
 async def on_invalid(request: Request, error: Any) -> Response:
-    """What FastAPI could not read or validate. The input is never repeated: it may not even be encodable."""
+    """What could not be read or validated. The input is never repeated: it may not even be encodable."""
     errors = [{"loc": e["loc"], "msg": WORDS.get(e["type"], e["msg"]), "type": e["type"]} for e in error.errors()]
     if errors[0]["type"] == "json_invalid":
         return problem(request.scope, 400, "The body is not JSON: " + errors[0]["msg"].removeprefix("Invalid JSON: "))
@@ -260,7 +259,7 @@ class LeanRoute(APIRoute):
         dependant, body = self.dependant, self.body_field
         endpoint: Endpoint = self.endpoint
         names = {part.name for part in dependant.dependencies} | {dependant.request_param_name}
-        names |= {field.name for place in PLACES for field in getattr(dependant, place + "_params")}
+        names |= {field.name for field, _ in fields_of(dependant)}
         names |= {body.name} if body and not isinstance(body.field_info, params.Form) else set()
         expected = signature(endpoint)
         if expected.return_annotation is not Response or not names.issuperset(expected.parameters):
@@ -278,11 +277,15 @@ class LeanRoute(APIRoute):
         return handle
 
 
+def fields_of(dependant: Dependant) -> list[tuple[Any, str]]:
+    return [(field, place) for place in PLACES for field in getattr(dependant, place + "_params")]
+
+
 def resolver(dependant: Dependant) -> Callable[[Request, dict[Any, Any]], Awaitable[dict[str, Any]]]:
     """What gives the arguments of an endpoint or a dependency, but for a body, from a request and what dependencies
     gave by now. It raises RequestValidationError, and whatever the dependencies raise."""
     needs: list[Any] = [(needed.name, needed.call, resolver(needed)) for needed in dependant.dependencies]
-    fields = [(field, place) for place in PLACES for field in getattr(dependant, place + "_params")]
+    fields = fields_of(dependant)
     defaults = {field.name: field.default for field, _ in fields if not field.field_info.is_required()}
 
     async def resolve(request: Request, known: dict[Any, Any]) -> dict[str, Any]:
@@ -551,8 +554,6 @@ def of_known_form(task_id: str) -> str:
 CurrentUser = Annotated[str, Depends(auth.current_user)]
 TaskId = Annotated[str, AfterValidator(of_known_form), WithJsonSchema({"type": "string", "format": "uuid"})]
 KEY = re.compile(r'"([\x21\x23-\x7e]{1,255})"|([\x21\x23-\x7e][\x21-\x7e]{0,254})')  # quoted or bare
-
-
 IfMatch = Annotated[str | None, Header(alias="If-Match", max_length=openapi.MAX_TEXT)]
 IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", max_length=openapi.MAX_TEXT)]
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key")]

@@ -29,7 +29,7 @@ HEADERS = {  # the operations and answers that have each, and what it says
     "X-Request-ID": ("responses", ".", "The request in the log: the id that came with it, or one of ours."),
 }
 PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-PHRASES = {
+PHRASES = {  # as in RFC 9110, where Python 3.11 has older ones; and of a range
     "413": "Content Too Large",
     "422": "Unprocessable Content",
     "4XX": "Any other fault of the request",
