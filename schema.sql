@@ -1,12 +1,12 @@
--- The tables, for PostgreSQL 14 to 18. The service applies this file at start when the digest in the comment on tasks
--- is another than this text's; `psql "$DATABASE_URL" -f schema.sql` does it by hand. It can be applied again and again.
---
--- The limits of the API (lengths, blank titles) stand here a second time, as named constraints: whatever else
--- writes to this database meets them too, and db.py turns their names into answers.
+-- The tables, for PostgreSQL 14 to 18. The service applies this file at start when it is not the
+-- one that was applied last; `psql "$DATABASE_URL" -f schema.sql` does it by hand. CREATE TABLE IF
+-- NOT EXISTS leaves a table that exists as it is. So a change is written twice: in the table, for
+-- new databases, and at the end of this file, for those that exist. The limits of the API stand
+-- here a second time, as named constraints: whatever else writes to this database meets them too.
 
--- UUID version 7 (RFC 9562 section 5.7) begins with the time, so the primary key of tasks is also their order.
--- It is built in from PostgreSQL 18; before that, this gives the same layout: 48 bits of milliseconds, 12 bits of
--- the fraction below one (section 6.2, method 3), 62 random bits.
+-- UUID version 7 (RFC 9562 section 5.7) begins with the time, so the primary key of tasks is also
+-- their order. PostgreSQL 18 has it built in. This one has the same layout: 48 bits of
+-- milliseconds, 12 bits of its fraction (section 6.2, method 3), 62 random bits.
 DO $block$
 BEGIN
     IF to_regprocedure('uuidv7()') IS NULL THEN
@@ -19,14 +19,15 @@ BEGIN
                 || substring(uuid_send(gen_random_uuid()) FROM 9),
                 'hex'
             )::uuid
-            FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS microseconds) AS clock
+            FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1e6)::bigint) AS c (microseconds)
         $function$;
     END IF;
 END
 $block$;
 
--- One row for everybody who owns tasks. Users of an outside issuer have an id and nothing else: their first task
--- makes the row. Ids are text because issuers choose them (Better Auth: 32 characters, Auth0: "auth0|…").
+-- Whoever owns tasks has a row. A user of an outside issuer has an id and nothing else, and gets it
+-- with the first task. Ids are text because issuers choose them (Auth0: "auth0|…"). E-mails
+-- are stored in lower case, by one rule (auth.py), and are unique by the index at the end.
 CREATE TABLE IF NOT EXISTS users (
     id            text        NOT NULL DEFAULT uuidv7()::text,
     email         text,
@@ -38,15 +39,12 @@ CREATE TABLE IF NOT EXISTS users (
     CONSTRAINT users_account_is_whole CHECK ((email IS NULL) = (password_hash IS NULL))
 );
 
--- Serves the login, and lets nobody register Ann@example.com beside ann@example.com.
-CREATE UNIQUE INDEX IF NOT EXISTS users_email_key ON users (lower(email));
-
--- The primary key begins with the owner: it is the isolation (no statement reaches a task without its owner), the
--- one index that every read, page and write needs (newest first is its backward scan), and what Citus shards by.
--- A second index on completed was left out: it would end HOT updates, and a page that filters still reads in order.
+-- The primary key begins with the owner. So it isolates users, as no statement reaches a task
+-- without its owner; it is the only index that a read, a page and a write need, as "newest first"
+-- is its backward scan; and Citus can shard by it. An index on completed would end HOT updates.
 --
--- version counts the writes to a task and becomes its ETag; updated_at cannot, as two writes may share a microsecond.
--- fillfactor leaves a tenth of each page free, so that an update finds room beside the row and touches no index.
+-- version counts the writes to a task and becomes its ETag. updated_at cannot, as two writes may
+-- share a microsecond. fillfactor leaves room beside each row, so that updates touch no index.
 CREATE TABLE IF NOT EXISTS tasks (
     user_id     text        NOT NULL,
     id          uuid        NOT NULL DEFAULT uuidv7(),
@@ -65,7 +63,14 @@ CREATE TABLE IF NOT EXISTS tasks (
     CONSTRAINT tasks_description_length CHECK (length(description) <= 5000)
 ) WITH (fillfactor = 90);
 
--- A retried POST finds the task of its first try here. Partial, so that tasks stored without a key pay nothing. A key
+-- A retried POST finds the task of its first attempt here. Tasks without a key pay nothing. A key
 -- lasts as long as its task: deleting the task frees it.
 CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency_key ON tasks (user_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
+
+-- Changes to tables that exist, oldest first. Each can be applied again.
+
+-- 1.1: the index is on the e-mail as stored: with lower() in it, PostgreSQL's rule met auth.py's.
+UPDATE users SET email = lower(email) WHERE email <> lower(email);
+CREATE UNIQUE INDEX IF NOT EXISTS users_email_unique ON users (email);
+DROP INDEX IF EXISTS users_email_key;
