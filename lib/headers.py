@@ -1,0 +1,95 @@
+"""What routes take from headers, and a Link: conditional requests, Idempotency-Key, next pages.
+
+async def read(conditions: IfConditions) -> Response:
+    return conditions.respond(body, etag='"7"', headers={"Link": next_link(request, "id")})
+"""
+
+import re
+from typing import Annotated, NamedTuple
+from urllib.parse import quote, urlencode
+
+from fastapi import Depends, Header, Request, Response
+from pydantic import AfterValidator, WithJsonSchema
+
+from lib.problems import HTTPProblem
+
+PRECONDITION_FAILED = HTTPProblem(412, "It has been changed since")
+TAG = r'(?:W/)?"[!#-~]*"'
+TAGS = re.compile(rf"(?:{TAG})?(?:\s*,\s*(?:{TAG})?)*")
+
+
+class Conditions(NamedTuple):
+    """The entity tags of If-Match and If-None-Match (RFC 9110 section 13); None without one."""
+
+    match: list[str] | None
+    none_match: list[str] | None
+
+    def versions(self, form: str) -> list[int] | None:
+        """Of the tags "version-form", the versions that may be written; None for any.
+
+        A weak tag is none.
+        """
+        if self.none_match == ["*"]:
+            return []
+        if self.match is None or self.match == ["*"]:
+            return None
+        found = [re.fullmatch(rf'"([1-9]\d{{0,17}})-{form}"', tag) for tag in self.match]
+        return [int(each[1]) for each in found if each]
+
+    def respond(self, json: bytes, etag: str, headers: dict[str, str]) -> Response:
+        """200, or 304 where the client has it already. Raises PRECONDITION_FAILED."""
+        if self.match is not None and self.match != ["*"] and etag not in self.match:
+            raise PRECONDITION_FAILED
+        headers["ETag"] = etag
+        known = [tag.removeprefix("W/") for tag in self.none_match or ()]
+        if known == ["*"] or etag in known:
+            return Response(None, 304, headers)
+        return Response(json, 200, headers, "application/json")
+
+
+def parse_tags(lines: list[str]) -> list[str] | None:
+    """Several lines are one list. What is no list of entity tags matches nothing."""
+    value = ",".join(lines).strip()
+    if value == "*" or not lines:
+        return ["*"] if lines else None
+    return re.findall(TAG, value) if TAGS.fullmatch(value) else []
+
+
+async def read_conditions(
+    request: Request,
+    if_match: Annotated[str | None, Header(alias="If-Match", max_length=4096)] = None,
+    if_none_match: Annotated[str | None, Header(alias="If-None-Match", max_length=4096)] = None,
+) -> Conditions:
+    if if_match is None and if_none_match is None:
+        return Conditions(None, None)
+    lines = request.headers.getlist
+    return Conditions(parse_tags(lines("if-match")), parse_tags(lines("if-none-match")))
+
+
+def check_key(sent: str | None) -> str | None:
+    """The key without its quotes. Raises HTTPProblem(400)."""
+    if sent is None:
+        return None
+    key = re.fullmatch(r'"([!#-~]{1,255})"|([!#-~][!-~]{0,254})', sent)
+    if not key:
+        raise HTTPProblem(400, "An Idempotency-Key has 1 to 255 visible characters")
+    return key[1] or key[2]
+
+
+IfConditions = Annotated[Conditions, Depends(read_conditions)]
+KEY_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}
+IdempotencyKey = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key"),
+    AfterValidator(check_key),
+    WithJsonSchema(KEY_SCHEMA),
+]
+
+
+def next_link(request: Request, last_id: str) -> str:
+    """The address of what follows `last_id`, with the other parameters that the route takes."""
+    taken = {field.alias for field in request.scope["route"].dependant.query_params}
+    kept = {name: value for name, value in request.query_params.items() if name in taken}
+    query = {name: value for name, value in kept.items() if name not in ("offset", "page")}
+    url = quote(request.scope["path"]) + "?" + urlencode(query | {"after": last_id})
+    return f'<{url}>; rel="next"'

@@ -1,0 +1,305 @@
+"""ASGI middleware, one duty each. A host lists them from the outside in:
+
+    app = FastAPI(middleware=[
+        Middleware(RequestLog),
+        *cors("https://app.example.com", "CORS_ORIGINS"),
+        Middleware(ErrorResponses, respond=…),
+        Middleware(CanonicalPath, aliases=[("/todos$", "/tasks", b"")], unless="/tasks"),
+        Middleware(BodyLimit),
+        Middleware(ConcurrencyLimit, applies_to=…),
+    ])
+
+RequestLog comes first: it reads the headers once, and the others find them in the state.
+"""
+
+import asyncio
+import json
+import random
+import re
+from collections import deque
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lib import logs
+from lib.problems import HTTPProblem, Respond
+
+MAX_BODY = 131_072  # bytes of a request's body
+MAX_BODIES = 32_000_000  # bytes of all bodies that are under way
+BODY_TIMEOUT = 10  # seconds for a body to arrive
+MAX_CONCURRENT = 64  # requests in the framework; at 1,000 connections 13 MB less than all
+MAX_WAITING = 2000  # requests that wait for that; one more is refused at once
+STALLED = 0.25  # seconds without a response after which the limit is off
+
+PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")
+ORIGIN = re.compile(r"\*|https?://[\w.:\[\]-]+")
+CLOSE, RETRY = {"Connection": "close"}, {"Retry-After": "2"}
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+EXPOSED = ["ETag", "Idempotent-Replayed", "Link", "Location", "Retry-After", "X-Request-ID"]
+
+
+class RequestLog:
+    """Gives each request an id, and writes a line about it when it has been answered."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, method, state = perf_counter(), scope["method"], scope["state"]
+        headers = state["headers"] = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"")
+        if not PLAIN_ID.fullmatch(request_id):
+            request_id = b"%032x" % random.getrandbits(128)
+        state["request_id"], state["user_id"], state["reason"] = request_id.decode(), None, ""
+        state["status"] = 499  # the client left before there was one
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                state["status"] = message["status"]
+                message["headers"].append((b"x-request-id", request_id))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            log_request(method, scope, perf_counter() - started)
+        scope.clear()  # uvicorn keeps it until the connection's next request
+
+
+def log_request(method: str, scope: Scope, seconds: float) -> None:
+    """By hand, in 4 us: each request pays it. Only a user id needs escaping."""
+    state, route = scope["state"], scope.get("route")
+    path = f'"{route.path}"' if route else "null"
+    reason = f', "reason": {json.dumps(state["reason"])}' if state["reason"] else ""
+    logs.write(
+        "INFO",
+        f'"message": "request", "request_id": "{state["request_id"]}", "method": "{method}", '
+        f'"route": {path}, "status": {state["status"]}, "duration_ms": {seconds * 1000:.2f}, '
+        f'"user_id": {json.dumps(state["user_id"])}{reason}',
+    )
+
+
+def cors(origins: str, setting: str) -> list[Middleware]:
+    """CORS for origins separated by commas, where there are any: it takes 20 us of each request.
+
+    Raises SystemExit for an origin that no browser sends: with a path, or without a scheme.
+    """
+    allowed = [origin.strip() for origin in origins.split(",") if origin.strip()]
+    if not all(map(ORIGIN.fullmatch, allowed)):
+        raise SystemExit(f"{setting} has an origin that is not like https://app.example.com")
+    options: Any = {"allow_origins": allowed, "allow_methods": METHODS, "allow_headers": ["*"]}
+    options |= {"allow_credentials": True, "expose_headers": EXPOSED}
+    return [Middleware(CORSMiddleware, **options)] if allowed else []
+
+
+class ErrorResponses:
+    """Answers every exception by `respond`: inside CORS, so that a browser may read a 500 too.
+
+    An exception that became a 500 is raised again once it is answered, for logs and telemetry.
+    """
+
+    def __init__(self, app: ASGIApp, respond: Respond) -> None:
+        self.app, self.respond = app, respond
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def note_start(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note_start)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            if started:
+                raise
+            response = await self.respond(Request(scope), error)
+            await response(scope, receive, send)
+            if response.status_code == 500:
+                raise
+
+
+class CanonicalPath:
+    """Gives each path one form before it is routed, and routes HEAD as GET.
+
+    A redirect would cost a round trip and can lose the Authorization. An alias is a pattern, what
+    it becomes, and the type of the body where only that is meant.
+    """
+
+    def __init__(self, app: ASGIApp, aliases: list[tuple[str, str, bytes]], unless: str) -> None:
+        self.app, self.unless = app, re.compile(unless)
+        self.aliases = [(re.compile("^" + path), form, kind) for path, form, kind in aliases]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path = scope["path"].rstrip("/") or "/"
+        if not self.unless.fullmatch(path):
+            sent = scope["state"]["headers"].get(b"content-type", b"")
+            for pattern, form, kind in self.aliases:
+                path = pattern.sub(form, path) if sent.startswith(kind) else path
+        scope["path"] = path
+        if scope["method"] != "HEAD":
+            return await self.app(scope, receive, send)
+        routed = {**scope, "method": "GET"}  # uvicorn looks at the original and sends no body
+        await self.app(routed, receive, send)
+        scope["route"] = routed.get("route")
+
+
+class BodyLimit:
+    """Bounds the bytes of a body, its time, and the bytes of all bodies that are under way.
+
+    The body is read when the route asks for it, so 401 and 404 come first. A response that does
+    not wait for it closes the connection. receive() gives it whole, or raises HTTPProblem; what it
+    gave is in the state as well, and an empty body from the start.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self.pending = app, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        state, headers = scope["state"], scope["state"]["headers"]
+        if not has_body(headers):
+            state["body"] = b""
+            return await self.app(scope, receive, send)
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise HTTPProblem(415, "The body must not be compressed", headers=CLOSE)
+        self.check_size(int(headers.get(b"content-length", 0)))
+        arrived = False
+
+        async def receive_whole() -> Message:
+            nonlocal arrived
+            if arrived:
+                return await receive()
+            state["body"] = await self.read(receive)
+            arrived = True
+            return {"type": "http.request", "body": state["body"], "more_body": False}
+
+        async def send_and_close(message: Message) -> None:
+            if message["type"] == "http.response.start" and not arrived:
+                message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        await self.app(scope, receive_whole, send_and_close)
+
+    async def read(self, receive: Receive) -> bytes:
+        body, more, late = bytearray(), True, False
+        task: Any = asyncio.current_task()
+
+        def expire() -> None:
+            nonlocal late
+            late = task.cancel()
+
+        timer = asyncio.get_running_loop().call_later(BODY_TIMEOUT, expire)  # timeout() takes 7 us
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message["body"]
+                self.pending += len(message["body"])
+                self.check_size(len(body))
+                if self.pending > MAX_BODIES:
+                    raise HTTPProblem(503, "Too many uploads", headers=CLOSE | RETRY)
+                more = message["more_body"]
+        except asyncio.CancelledError:
+            if not late:
+                raise
+            text = f"The body did not arrive within {BODY_TIMEOUT} seconds"
+            raise HTTPProblem(408, text, headers=CLOSE) from None
+        finally:
+            timer.cancel()
+            self.pending -= len(body)
+        return bytes(body)
+
+    def check_size(self, size: int) -> None:
+        if size > MAX_BODY:
+            raise HTTPProblem(413, f"The body is larger than {MAX_BODY} bytes", headers=CLOSE)
+
+
+def has_body(headers: dict[bytes, bytes]) -> bool:
+    return b"content-length" in headers or b"transfer-encoding" in headers
+
+
+class ConcurrencyLimit:
+    """Lets MAX_CONCURRENT requests at a time into the framework, and keeps the others here.
+
+    Only those that `applies_to` picks wait. A request counts from when its body is there until its
+    response starts, so slow clients hold up nobody. When nothing is answered for STALLED seconds,
+    the limit is off until something is: what turns out not to need a frozen database gets through.
+    """
+
+    def __init__(self, app: ASGIApp, applies_to: Callable[[Scope], Awaitable[bool]]) -> None:
+        self.app, self.applies_to = app, applies_to
+        self.free, self.waiting = MAX_CONCURRENT, deque[asyncio.Future[None]]()
+        self.stalled = self.answered = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not await self.applies_to(scope):
+            return await self.app(scope, receive, send)
+        messages = [await receive()] if has_body(scope["state"]["headers"]) else []
+        await self.enter()
+        inside = True
+
+        async def receive_again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        async def leave_and_send(message: Message) -> None:
+            nonlocal inside
+            if inside:
+                inside = False
+                self.leave()
+            await send(message)
+
+        try:
+            await self.app(scope, receive_again, leave_and_send)
+        finally:
+            if inside:
+                self.leave()
+
+    async def enter(self) -> None:
+        if self.stalled or (self.free > 0 and not self.waiting):
+            self.free -= 1
+            return
+        if len(self.waiting) >= MAX_WAITING:
+            raise HTTPProblem(503, "Too many requests wait", "unavailable", RETRY)
+        loop = asyncio.get_running_loop()
+        if not self.waiting:
+            self.answered = False
+            loop.call_later(STALLED, self.watch)
+        waiter = loop.create_future()
+        self.waiting.append(waiter)
+        await waiter
+
+    def leave(self) -> None:
+        self.free += 1
+        self.stalled, self.answered = False, True
+        self.let_in(self.free)
+
+    def let_in(self, count: int) -> None:
+        while self.waiting and count > 0:
+            waiter = self.waiting.popleft()
+            if not waiter.done():
+                self.free, count = self.free - 1, count - 1
+                waiter.set_result(None)
+
+    def watch(self) -> None:
+        """Looks every STALLED seconds, while requests wait, whether any was answered."""
+        if self.waiting and not self.answered:
+            self.stalled = True
+            self.let_in(len(self.waiting))
+        elif self.waiting:
+            self.answered = False
+            asyncio.get_running_loop().call_later(STALLED, self.watch)
