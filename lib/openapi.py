@@ -1,0 +1,137 @@
+"""Completes the OpenAPI document that FastAPI makes. Nothing here runs while a request is served.
+
+app = DocumentedAPI({"things": "What there is."}, title="Things")
+app.get("/things/{id}", responses=errors(HTTPProblem(404, "Thing not found")))
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from lib.problems import HTTPProblem, body_of, phrase
+
+# What each part of an operation (its body, its security, a parameter) makes it answer.
+CAUSES = {
+    "requestBody": (400, 408, 413, 415, 422, 503),
+    "security": (401, 429, 503),
+    "limit": (422,),
+    "If-Match": (412, 422),
+    "If-None-Match": (304, 412, 422),
+    "Idempotency-Key": (400,),
+}
+# A header, the part of an operation that causes it ("responses" is in each), and the statuses.
+HEADERS = [
+    ("ETag", "If-Match", "200 304", "The version, for If-Match and If-None-Match."),
+    ("ETag", "Idempotency-Key", "201", "The version, for If-Match and If-None-Match."),
+    ("Link", "limit", "200", '`<…>; rel="next"` while more follow.'),
+    ("Location", "Idempotency-Key", "201", "The path of what was stored."),
+    ("Idempotent-Replayed", "Idempotency-Key", "201", "`true` when the key had stored it before."),
+    ("WWW-Authenticate", "responses", "401", "What was wrong with the token (RFC 6750)."),
+    ("Retry-After", "responses", "429 503", "Seconds to wait."),
+    ("RateLimit-Policy", "responses", "429", 'The limit: `"user";q=600;w=60`.'),
+    ("RateLimit", "responses", "429", 'Seconds until the limit starts anew: `"user";r=0;t=30`.'),
+    ("Access-Control-Allow-Origin", "responses", "", "An allowed origin, when its page asks."),
+    ("X-Request-ID", "responses", "", "The request in the log: the id that came with it, or ours."),
+]
+# By format or type: a sample, and the bounds of a value where its schema gives none.
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "uuid": ("019aa6b5-9d02-7a31-b0c4-5e8f7a6b1c2d", {"maxLength": 36}),
+    "date-time": ("2026-11-21T13:15:00.123456+00:00", {"maxLength": 32}),
+    "boolean": (False, {}),
+    "integer": (0, {"format": "int32", "minimum": 0, "maximum": 2**31 - 1}),
+    "array": ([], {"maxItems": 1000}),
+    "string": ("string", {"maxLength": 4096}),
+}
+
+
+class DocumentedAPI(FastAPI):
+    """FastAPI with a completed document. `tags` have their order in it, and a description."""
+
+    def __init__(self, tags: dict[str, str], **options: Any) -> None:
+        named = [{"name": name, "description": text} for name, text in tags.items()]
+        owner, license = {"name": "Whoever runs this service"}, {"name": "MIT", "identifier": "MIT"}
+        servers = [{"url": "/", "x-internal": False}]
+        super().__init__(
+            openapi_tags=named, contact=owner, license_info=license, servers=servers, **options
+        )
+
+    def openapi(self) -> dict[str, Any]:
+        tags = [tag["name"] for tag in self.openapi_tags or ()]
+        return self.openapi_schema or complete(super().openapi(), tags)
+
+
+def errors(*problems: HTTPProblem) -> dict[int | str, dict[str, Any]]:
+    """What FastAPI's `responses` takes, with an example of each problem."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    contents = [{"schema": schema, "example": body_of(each, "7f1d0c5e9b")} for each in problems]
+    return {
+        content["example"]["status"]: {
+            "description": content["example"]["title"],
+            "content": {"application/problem+json": content},
+        }
+        for content in contents
+    }
+
+
+def complete(document: dict[str, Any], tags: list[str]) -> dict[str, Any]:
+    """Adds errors, headers, examples and bounds, and orders the paths by `tags` and name."""
+    schemas = document["components"]["schemas"]
+    for schema in schemas.values():
+        schema["examples"] = [example_of(schema, schemas)]
+    document["components"]["headers"] = {
+        name: {"description": text, "schema": {"type": "string"}} for name, _, _, text in HEADERS
+    }
+    order = []
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            complete_operation(operation)
+        order.append((tags.index(operation["tags"][0]), path, item))
+    document["paths"] = {path: item for _, path, item in sorted(order, key=lambda each: each[:2])}
+    bound(document)
+    return document
+
+
+def complete_operation(operation: dict[str, Any]) -> None:
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        content["schema"] = content["schema"].get("anyOf", [content["schema"]])[0]
+    parts = {*operation, *[parameter["name"] for parameter in operation.get("parameters", [])]}
+    answers = operation["responses"]
+    for status in {status for part in CAUSES.keys() & parts for status in CAUSES[part]}:
+        answer = errors(HTTPProblem(status, phrase(status)))[status]
+        if status < 400:
+            del answer["content"]
+        answers.setdefault(str(status), answer)
+    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    answers |= {f"{n}XX": {"description": f"Any other {n}XX", "content": problem} for n in (4, 5)}
+    for status, answer in answers.items():
+        answer["headers"] = {
+            name: {"$ref": f"#/components/headers/{name}"}
+            for name, part, statuses, _ in HEADERS
+            if part in parts and (status in statuses.split() or not statuses)
+        }
+    operation.setdefault("security", [{}])
+
+
+def example_of(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
+    """The first example of a schema, or an object of what is required or has an example."""
+    schema = schema if "examples" in schema else schema.get("anyOf", [schema])[0]
+    if "$ref" in schema:
+        schema = schemas[schema["$ref"].rpartition("/")[2]]
+    if "properties" in schema:
+        return {
+            name: example_of(part, schemas)
+            for name, part in schema["properties"].items()
+            if name in schema.get("required", ()) or "examples" in part
+        }
+    kind = schema.get("format") or schema.get("type", "")
+    return schema.get("const") or schema.get("examples", KINDS.get(kind, [None]))[0]
+
+
+def bound(part: Any) -> None:
+    """Says how large each string, number and array can become where the schema does not."""
+    if isinstance(part, dict):
+        kind = part.get("format", part.get("type"))
+        part |= KINDS.get(kind, (None, {}))[1] | part if isinstance(kind, str) else {}
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    for each in inner:
+        bound(each)
