@@ -1,0 +1,364 @@
+"""The policy of auth.py and the counters behind it, in this process.
+
+Tokens, hashes, an issuer on loopback: all of it is real. Only clocks and lifetimes are set forward.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+import jwt
+import pytest
+from limits import parse
+
+from conftest import HERE, NOBODYS_ID, SECRET, SETTINGS, Issuer, outside
+from lib import jwks, ratelimit
+from lib.jwks import KeySet
+from lib.problems import HTTPProblem, Unauthorized
+from lib.ratelimit import RateLimiter
+
+for name in SETTINGS:
+    os.environ.pop(name, None)
+os.environ["JWT_SECRET"] = SECRET
+
+import auth  # noqa: E402
+
+parametrize = pytest.mark.parametrize
+PATIENT = 0.4  # seconds for what happens behind a request's back
+ALGORITHMS = ["EdDSA", "ES256", "RS256"]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token has been verified, and nothing was counted."""
+    monkeypatch.setattr(auth, "verified", {})
+    monkeypatch.setattr(auth, "limiter", RateLimiter())
+    monkeypatch.setattr(auth, "SECRET", SECRET)
+    monkeypatch.setattr(auth, "ACCOUNTS", True)
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    with closing(Issuer()) as issuer:
+        yield issuer
+
+
+def signed(**claims: Any) -> str:
+    return jwt.encode({"sub": "u", "exp": time.time() + 600} | claims, SECRET, "HS256")
+
+
+def refused(token: str) -> bool:
+    try:
+        asyncio.run(auth.verify_once(token))
+    except Unauthorized:
+        return True
+    return False
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Sets auth.py's clock forward."""
+    monkeypatch.setattr(auth, "time", lambda: time.time() + seconds)
+
+
+# Tokens.
+
+
+@parametrize(("size", "is_refused"), [(8192, False), (8193, True)])
+def test_a_token_of_more_than_8_kb_is_refused(size: int, is_refused: bool) -> None:
+    later = int(time.time()) + 600  # a float has more digits now and then
+    tokens = [signed(x="x" * length, exp=later) for length in range(5900, 6200)]
+    [token, *_] = [token for token in tokens if len(token) >= size]
+    assert len(token) <= size + 1
+    assert refused(token) is (is_refused or len(token) > 8192)
+
+
+@parametrize(("claim", "seconds", "is_refused"), [
+    ("iat", 8, False), ("iat", 13, True), ("nbf", 8, False), ("nbf", 13, True), ("exp", -1, True),
+])  # fmt: skip
+def test_an_issuers_clock_may_be_10_seconds_ahead_and_exp_has_no_grace(
+    claim: str, seconds: float, is_refused: bool
+) -> None:
+    assert refused(signed(**{claim: int(time.time() + seconds)})) is is_refused
+
+
+@parametrize(("length", "is_refused"), [(255, False), (256, True)])
+def test_a_user_id_has_255_characters_at_most(length: int, is_refused: bool) -> None:
+    assert refused(signed(sub="\U0001f9c0" * length)) is is_refused
+
+
+@parametrize(("seconds", "is_refused"), [(50, False), (61, True)])
+def test_a_token_is_verified_again_after_a_minute(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, is_refused: bool
+) -> None:
+    token = signed()
+    assert not refused(token)
+    monkeypatch.setattr(auth, "SECRET", "another secret, of thirty-two bytes and more")
+    clock(monkeypatch, seconds)
+    assert refused(token) is is_refused
+
+
+def test_a_token_in_the_cache_ends_with_its_exp(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = signed(exp=time.time() + 30)
+    assert not refused(token)
+    clock(monkeypatch, 31)
+    assert refused(token)
+
+
+def test_ten_thousand_verified_tokens_are_kept_and_the_oldest_goes() -> None:
+    later = auth.VerifiedToken("u", time.time() + 600)
+    auth.verified.update({b"%d" % n: later for n in range(10_000)})
+    assert not refused(signed())
+    assert len(auth.verified) == 10_000
+    assert b"0" not in auth.verified
+
+
+def test_an_accounts_token_lives_for_a_day() -> None:
+    claims = jwt.decode(auth.issue_token("u"), SECRET, ["HS256"])
+    assert claims["exp"] - claims["iat"] == 86_400
+
+
+@parametrize(("sub", "is_refused"), [(NOBODYS_ID, True), ("u", False)])
+def test_an_issuers_user_never_is_an_account(
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer, sub: str, is_refused: bool
+) -> None:
+    monkeypatch.setattr(auth, "JWKS_URL", issuer.url)
+    monkeypatch.setattr(auth, "key_set", KeySet(issuer.url, ALGORITHMS))
+    monkeypatch.setattr(auth, "AUDIENCE", "todo")
+    assert refused(issuer.token(sub=sub)) is is_refused
+
+
+@parametrize(
+    ("settings", "accounts"),
+    [
+        ({"JWT_SECRET": SECRET}, "True"),
+        ({"BETTER_AUTH_SECRET": SECRET}, "False"),
+        ({"JWT_SECRET": SECRET, "ACCOUNTS": "off"}, "False"),
+    ],
+)
+def test_accounts_take_a_secret_of_their_own(settings: dict[str, str], accounts: str) -> None:
+    command = [sys.executable, "-c", "import auth; print(auth.ACCOUNTS)"]
+    run = subprocess.run(command, cwd=HERE, env=outside(**settings), capture_output=True, text=True)
+    assert run.stdout.strip() == accounts
+
+
+@parametrize(("schemes", "is_good"), [
+    (["Bearer"], True), (["bEARER"], True), (["Basic"], False), (["Bearer", "Bearer"], False),
+    ([], False),
+])  # fmt: skip
+def test_one_bearer_token_is_taken_and_nothing_else(schemes: list[str], is_good: bool) -> None:
+    headers = [(b"authorization", f"{scheme} {signed()}".encode()) for scheme in schemes]
+    scope: Any = {"headers": headers, "state": {"user_id": None}}
+    assert asyncio.run(auth.identify(scope)) is is_good
+
+
+# Passwords.
+
+
+def test_a_password_is_hashed_by_bcrypt_at_cost_12() -> None:
+    assert asyncio.run(auth.passwords.hash("correct horse")).startswith("$2b$12$")
+
+
+def test_an_unknown_e_mail_takes_as_long_as_a_wrong_password() -> None:
+    async def check(password_hash: bytes | None) -> float:
+        started = time.monotonic()
+        assert not await auth.passwords.check("wrong", password_hash)
+        return time.monotonic() - started
+
+    hashed = asyncio.run(auth.passwords.hash("correct horse")).encode()
+    known, unknown = asyncio.run(check(hashed)), asyncio.run(check(None))
+    assert known / 4 < unknown < known * 4
+
+
+def test_two_passwords_at_a_time_are_hashed() -> None:
+    async def hash_many() -> int:
+        calls = [asyncio.create_task(auth.passwords.hash("correct horse")) for _ in range(6)]
+        await asyncio.sleep(0.05)
+        hashing = auth.passwords.limiter.statistics().borrowed_tokens
+        await asyncio.gather(*calls)
+        return int(hashing)
+
+    assert asyncio.run(hash_many()) == 2
+
+
+def attempt(email: str, address: str = "192.0.2.1") -> str:
+    """The status of an attempt to log in, before anything is hashed; "ok" for none."""
+    request: Any = SimpleNamespace(client=SimpleNamespace(host=address))
+    try:
+        asyncio.run(auth.throttle(request, email))
+    except HTTPProblem as problem:
+        return str(problem.status_code)
+    return "ok"
+
+
+def test_beyond_twenty_passwords_that_wait_a_login_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = SimpleNamespace(tasks_waiting=19)
+    limiter = SimpleNamespace(statistics=lambda: waiting)
+    monkeypatch.setattr(auth.passwords, "limiter", limiter)
+    assert attempt("a@example.com") == "ok"
+    waiting.tasks_waiting = 20
+    assert attempt("a@example.com") == "503"
+
+
+def test_an_account_has_ten_attempts_a_minute_from_wherever() -> None:
+    answers = [attempt("a@example.com", f"192.0.2.{n}") for n in range(12)]
+    assert answers == ["ok"] * 10 + ["429"] * 2
+    assert attempt("b@example.com") == "ok"
+    assert auth.ACCOUNT_LIMIT and auth.ACCOUNT_LIMIT.get_expiry() == 60
+
+
+def test_an_address_has_a_hundred_attempts_a_minute_for_whatever_account() -> None:
+    answers = [attempt(f"{n}@example.com") for n in range(102)]
+    assert answers == ["ok"] * 100 + ["429"] * 2
+    assert attempt("a@example.com", "192.0.2.2") == "ok"
+    assert auth.ADDRESS_LIMIT and auth.ADDRESS_LIMIT.get_expiry() == 60
+
+
+# Counters.
+
+
+def hits(limiter: RateLimiter, keys: list[str], limit: str = "2/second") -> list[bool]:
+    """For each key, whether it was let through."""
+
+    async def hit(key: str) -> bool:
+        try:
+            await limiter.hit("test", parse(limit), key)
+        except HTTPProblem:
+            return False
+        return True
+
+    return [asyncio.run(hit(key)) for key in keys]
+
+
+def test_a_limit_starts_anew_when_its_window_is_over() -> None:
+    limiter = RateLimiter()
+    assert hits(limiter, ["a"] * 3) == [True, True, False]
+    time.sleep(1.1)
+    assert hits(limiter, ["a"]) == [True]
+
+
+def test_full_counters_refuse_strangers_and_forget_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ratelimit, "MAX_COUNTERS", 3)
+    limiter = RateLimiter()
+    keys = ["a", "a", "b", "c", "d", "e", "a", "b"]
+    expected = [True, True, True, True, False, False, False, True]
+    assert hits(limiter, keys, "2/minute") == expected
+
+
+# An issuer's keys.
+
+
+async def finds(keys: KeySet, issuer: Issuer, alg: str = "EdDSA", kid: str = "") -> bool:
+    return await keys.find(kid or issuer.keys[alg][0], alg) is not None
+
+
+def test_keys_are_fetched_anew_behind_the_requests_backs(issuer: Issuer) -> None:
+    async def story() -> None:
+        keys, kid = KeySet(issuer.url, ALGORITHMS), issuer.keys["EdDSA"][0]
+        assert await finds(keys, issuer)
+        issuer.rotate()
+        keys.fetched -= 601
+        keys.tried -= 601
+        assert await finds(keys, issuer, kid=kid)  # the one that asks does not wait
+        await asyncio.sleep(PATIENT)
+        assert not await finds(keys, issuer, kid=kid)
+
+    asyncio.run(story())
+
+
+def test_a_revoked_key_is_not_accepted_after_twenty_minutes(issuer: Issuer) -> None:
+    async def story() -> None:
+        keys, kid = KeySet(issuer.url, ALGORITHMS), issuer.keys["EdDSA"][0]
+        assert await finds(keys, issuer)
+        issuer.rotate()
+        keys.fetched -= 1201
+        keys.tried -= 1201
+        assert not await finds(keys, issuer, kid=kid)
+
+    asyncio.run(story())
+
+
+def test_unknown_keys_are_asked_for_every_five_seconds_at_most(issuer: Issuer) -> None:
+    async def story() -> None:
+        keys = KeySet(issuer.url, ALGORITHMS)
+        for n in range(20):
+            assert not await finds(keys, issuer, kid=f"{n}")
+        assert issuer.requests == 1
+        keys.tried -= 6
+        assert not await finds(keys, issuer, kid="new")
+        assert issuer.requests == 2
+
+    asyncio.run(story())
+
+
+@parametrize("change", [{"use": "enc"}, {"alg": "RS512"}, {"alg": "PS256"}])
+def test_only_a_key_for_signatures_by_its_algorithm_is_used(
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer, change: dict[str, str]
+) -> None:
+    public, wanted = issuer.public(), {"use": "sig"}
+    monkeypatch.setattr(issuer, "public", lambda: [key | wanted for key in public])
+
+    async def found() -> bool:
+        alg = change.get("alg", "RS256")
+        return await KeySet(issuer.url, ALGORITHMS).find(issuer.keys["RS256"][0], alg) is not None
+
+    assert asyncio.run(found()) is ("alg" not in change)
+    wanted |= change
+    assert not asyncio.run(found())
+
+
+def test_keys_stay_while_the_issuer_has_none(issuer: Issuer) -> None:
+    async def story() -> None:
+        keys = KeySet(issuer.url, ALGORITHMS)
+        assert await finds(keys, issuer)
+        issuer.failing = True
+        keys.fetched -= 1201
+        keys.tried -= 1201
+        assert await finds(keys, issuer)
+        assert issuer.requests == 2
+
+    asyncio.run(story())
+
+
+class Trickle(BaseHTTPRequestHandler):
+    """An issuer that sends its answer byte by byte, or one that is too large."""
+
+    pause = 0.05
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        body = json.dumps({"keys": [], "padding": "x" * (100 if self.pause else 300_000)})
+        for byte in [body.encode()] if not self.pause else body:
+            try:
+                self.wfile.write(byte if isinstance(byte, bytes) else byte.encode())
+            except OSError:
+                return
+            time.sleep(self.pause)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@parametrize("pause", [0.05, 0])
+def test_an_issuer_that_trickles_or_floods_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, pause: float
+) -> None:
+    monkeypatch.setattr(Trickle, "pause", pause)
+    monkeypatch.setattr(jwks, "TIMEOUT", jwks.TIMEOUT / 10)
+    server = HTTPServer(("127.0.0.1", 0), Trickle)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    keys, started = KeySet(f"http://127.0.0.1:{server.server_port}/", ALGORITHMS), time.monotonic()
+    with pytest.raises(TimeoutError):
+        keys.download()
+    assert time.monotonic() - started < 2
+    server.shutdown()
+    server.server_close()
