@@ -1,4 +1,4 @@
-"""The least that FastAPI can do: a route that returns a constant. Its CPU time is the unit of the other figures."""
+"""The least that FastAPI can do: a route that returns a constant. Its CPU time is our unit."""
 
 from fastapi import FastAPI, Response
 

@@ -1,0 +1,22 @@
+-- Sends the lines of a file in turn, each with a method, a path, a token and a JSON body.
+local requests, n = {}, 0
+
+function init(arguments)
+  for line in io.lines(arguments[1]) do
+    local method, path, token, body = line:match("(%S+) (%S+) ?(%S*) ?(.*)")
+    wrk.headers["Authorization"] = token ~= "" and "Bearer " .. token or nil
+    wrk.headers["Content-Type"] = body ~= "" and "application/json" or nil
+    table.insert(requests, wrk.format(method, path, nil, body ~= "" and body or nil))
+  end
+end
+
+function request()
+  n = n + 1
+  return requests[n % #requests + 1]
+end
+
+function done(summary, latency)
+  local e, rate = summary.errors, summary.requests / summary.duration * 1e6
+  local errors = e.connect + e.read + e.write + e.status + e.timeout
+  print("measured", summary.requests, rate, latency:percentile(99) / 1000, errors)
+end
