@@ -5,7 +5,9 @@ TEST_DATABASE_URL=… python -m pytest    uses that database: its name must end 
                                         tables are dropped
 """
 
+import asyncio
 import base64
+import importlib
 import json
 import os
 import random
@@ -19,7 +21,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,7 +56,6 @@ def service_files() -> list[Path]:
     """The files that the service needs to run, relative to its folder."""
     front = [Path(name) for name in ("main.py", "auth.py", "db.py", "schema.sql")]
     library = [path.relative_to(HERE) for path in sorted((HERE / "lib").rglob("*.*"))]
-    library += [Path("openapi.py")] if (HERE / "openapi.py").exists() else []
     return front + [path for path in library if "__pycache__" not in path.parts]
 
 
@@ -170,6 +171,31 @@ class Proxy:
     def close(self) -> None:
         for each in [self.listener, *self.connections]:
             each.close()
+
+
+Story = Callable[[], Coroutine[Any, Any, None]]
+Play = Callable[[Story], None]
+
+
+@pytest.fixture
+def play(database: str, monkeypatch: pytest.MonkeyPatch) -> Play:
+    """Runs a story while db.py is connected to the database."""
+    monkeypatch.setenv("DATABASE_URL", database)
+    monkeypatch.setenv("PGTZ", "UTC")
+    db = importlib.import_module("db")
+
+    def play(story: Story) -> None:
+        async def run() -> None:
+            await db.start()
+            try:
+                await asyncio.wait_for(story(), 60)
+            finally:
+                await db.stop()
+
+        importlib.reload(db)  # a pool that was closed cannot be opened again
+        asyncio.run(run())
+
+    return play
 
 
 # Servers.

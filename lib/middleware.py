@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib import logs
-from lib.problems import HTTPProblem, Respond
+from lib.problems import RETRY, HTTPProblem, Respond
 
 MAX_BODY = 131_072  # bytes of a request's body
 MAX_BODIES = 32_000_000  # bytes of all bodies that are under way
@@ -38,7 +38,7 @@ STALLED = 0.25  # seconds without a response after which the limit is off
 
 PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")
 ORIGIN = re.compile(r"\*|https?://[\w.:\[\]-]+")
-CLOSE, RETRY = {"Connection": "close"}, {"Retry-After": "2"}
+CLOSE = {"Connection": "close"}
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 EXPOSED = ["ETag", "Idempotent-Replayed", "Link", "Location", "Retry-After", "X-Request-ID"]
 

@@ -5,14 +5,13 @@ ones use the service.
 """
 
 import asyncio
-import importlib
 import os
 import shutil
 import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from httpx import Client
 from psycopg.conninfo import conninfo_to_dict
 
 import db
-from conftest import Server, client, free_port, serving, start, wait_for_start, wait_until
+from conftest import Play, Server, client, free_port, serving, start, wait_for_start, wait_until
 from lib import pipeline
 from lib.pipeline import (
     ConnectionPool,
@@ -38,32 +37,9 @@ from lib.pipeline import (
 )
 from lib.rows import to_json
 
-Story = Callable[[], Coroutine[Any, Any, None]]
-Play = Callable[[Story], None]
-
 
 def statement(text: str) -> Statement:
     return Statement("TEST", text)
-
-
-@pytest.fixture
-def play(database: str, monkeypatch: pytest.MonkeyPatch) -> Play:
-    """Runs a story while db.py is connected to the database."""
-    monkeypatch.setenv("DATABASE_URL", database)
-    monkeypatch.setenv("PGTZ", "UTC")
-
-    def play(story: Story) -> None:
-        async def run() -> None:
-            await db.start()
-            try:
-                await asyncio.wait_for(story(), 60)
-            finally:
-                await db.stop()
-
-        importlib.reload(db)  # a pool that was closed cannot be opened again
-        asyncio.run(run())
-
-    return play
 
 
 async def settle(calls: list[Awaitable[Any]]) -> list[Any]:

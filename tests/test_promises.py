@@ -5,7 +5,6 @@ The numbers are those of the review.
 
 import asyncio
 import hashlib
-import importlib
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ import statistics
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
@@ -37,6 +36,7 @@ from conftest import (
     PATH,
     Account,
     Issuer,
+    Play,
     Proxy,
     Server,
     Task,
@@ -429,30 +429,8 @@ def test_a_lone_write_waits_for_a_lock_longer_than_the_statements_timeout(
         assert waiting.result().status_code == 200
 
 
-Story = Callable[[], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture
-def play(database: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[[Story], None]:
-    """Runs a story while db.py is connected to the database."""
-    monkeypatch.setenv("DATABASE_URL", database)
-
-    def play(story: Story) -> None:
-        async def run() -> None:
-            await db.start()
-            try:
-                await asyncio.wait_for(story(), 60)
-            finally:
-                await db.stop()
-
-        importlib.reload(db)  # a pool that was closed cannot be opened again
-        asyncio.run(run())
-
-    return play
-
-
 def test_one_users_slow_pages_go_one_at_a_time_and_leave_others_a_connection(
-    play: Callable[[Story], None],
+    play: Play,
 ) -> None:
     slow = Statement("SLOW", "SELECT %(user_id)s::text FROM pg_sleep(0.4)")
     fast = Statement("FAST", "SELECT %(user_id)s::text")
@@ -726,7 +704,7 @@ def test_ctrl_c_ends_a_start_that_waits_for_its_database(tmp_path: Path, silent:
             process.wait(3)
 
 
-def test_after_deallocate_all_statements_are_prepared_again(play: Callable[[Story], None]) -> None:
+def test_after_deallocate_all_statements_are_prepared_again(play: Play) -> None:
     nothing = "WITH nothing AS (SELECT 1) SELECT"
     echo = Statement("ECHO", f"{nothing} %(n)s::integer FROM nothing")
     listed = Statement(
