@@ -202,6 +202,7 @@ class PipelinePool:
         self.queue: deque[Query] = deque()
         self.pipelines: dict[Pipeline, asyncio.Task[None]] = {}
         self.scheduled, self.last_answer = False, float("-inf")
+        self.timer: asyncio.TimerHandle | None = None
         self.slow_until: dict[str, float] = {}  # by user
 
     async def execute(
@@ -239,7 +240,7 @@ class PipelinePool:
         self.scheduled, now, held = False, monotonic(), []
         slow = self.slow_users(now)
         busy = {query.user_id for p in self.pipelines for query in p.sent} if slow else set()
-        usable = [p for p in self.pipelines if p.connected and not (p.closing or p.is_slow(now))]
+        usable = [p for p in self.pipelines if p.connected and not (p.closing or p.is_slow)]
         ready = [p for p in usable if p is answered or not p.sent or now > p.last_sent + BATCHING]
         while self.queue and ready:
             pipeline = min(ready, key=lambda pipeline: len(pipeline.sent))
@@ -251,9 +252,9 @@ class PipelinePool:
             elif not query.result.done():
                 pipeline.send(query)
                 busy.add(query.user_id)
+        if self.queue and len(ready) < len(usable) and not self.timer:
+            self.timer = asyncio.get_running_loop().call_later(BATCHING, self.dispatch_later)
         full = all(len(pipeline.sent) > 1 for pipeline in usable) if usable else bool(self.queue)
-        if self.queue and len(ready) < len(usable):
-            asyncio.get_running_loop().call_later(BATCHING, self.dispatch)
         self.queue.extendleft(reversed(held))
         for pipeline in ready:
             pipeline.flush()
@@ -261,9 +262,11 @@ class PipelinePool:
             pipeline = Pipeline(self)
             self.pipelines[pipeline] = asyncio.create_task(pipeline.run())
 
+    def dispatch_later(self) -> None:
+        self.timer = None
+        self.dispatch()
+
     def slow_users(self, now: float) -> set[str]:
-        for pipeline in self.pipelines:
-            pipeline.remember_slow(now)
         if self.slow_until:
             self.slow_until = {user: t for user, t in self.slow_until.items() if t > now}
         return set(self.slow_until)
@@ -295,7 +298,7 @@ class Pipeline:
         self.pool = pool
         self.sent: deque[Query] = deque()
         self.answer: PGresult | None = None  # to the first query sent, until its Sync comes
-        self.connected = self.closing = self.spoiled = self.unflushed = False
+        self.connected = self.closing = self.spoiled = self.unflushed = self.is_slow = False
         self.since = self.last_sent = self.last_received = 0.0
 
     async def run(self) -> None:
@@ -327,11 +330,10 @@ class Pipeline:
         if not not_run:  # what happened to this connection may have happened to all
             await self.pool.connections.drain()
 
-    def is_slow(self, now: float) -> bool:
-        return bool(self.sent) and now - self.last_received > SLOW
-
-    def remember_slow(self, now: float) -> None:
-        if self.is_slow(now) and self.sent[0].user_id:
+    def look_for_slow(self, now: float) -> None:
+        """Remembers the user whose query has taken long."""
+        self.is_slow = now - self.last_received > SLOW
+        if self.is_slow and self.sent[0].user_id:
             self.pool.slow_until[self.sent[0].user_id] = now + SLOW_MEMORY
 
     async def drive(self, steps: Steps) -> None:
@@ -371,13 +373,14 @@ class Pipeline:
         while True:
             ready = yield Wait.RW if self.unflushed else Wait.R
             self.connection.pgconn.consume_input()
-            self.receive()
             now = monotonic()
+            self.receive(now)
             if now - self.since > (SLOW if self.pool.connections.starving else MAX_HOLD):
                 self.closing = True
             if not self.sent and (self.closing or not ready):
                 return
             if not ready:
+                self.look_for_slow(now)
                 self.enforce_timeouts(now - self.last_received)
             self.flush()
             if self.pool.queue:
@@ -408,15 +411,16 @@ class Pipeline:
             with suppress(psycopg.OperationalError):
                 self.unflushed = bool(self.connection.pgconn.flush())
 
-    def receive(self) -> None:
+    def receive(self, now: float) -> None:
         """Handles the results that have come. Raises psycopg.Error on a broken connection."""
         pgconn, separators = self.connection.pgconn, 0
         while self.sent and not pgconn.is_busy():
             result = pgconn.get_result()
             if result:
-                now, separators = monotonic(), 0
-                self.remember_slow(now)
-                self.last_received = now
+                separators = 0
+                if self.last_received != now:
+                    self.look_for_slow(now)
+                    self.last_received, self.is_slow = now, False
                 self.handle(result)
             elif separators:  # one stands between two results; behind two nothing comes
                 raise psycopg.OperationalError

@@ -472,6 +472,27 @@ def test_nothing_is_sent_behind_a_slow_statement(play: Play) -> None:
     play(story)
 
 
+def test_queries_that_wait_wake_the_pool_no_more_often_than_answers_do(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch, calls = PipelinePool.dispatch, list[int]()
+
+    def count(pool: PipelinePool, answered: Any = None) -> None:
+        calls.append(len(pool.queue))
+        dispatch(pool, answered)
+
+    async def ask() -> None:
+        for _ in range(50):
+            await db.writes.execute(statement("SELECT pg_sleep(0.001)"), {})
+
+    async def story() -> None:
+        await asyncio.gather(*[ask() for _ in range(40)])  # 2,000 queries
+
+    monkeypatch.setattr(PipelinePool, "dispatch", count)
+    play(story)
+    assert len(calls) < 5 * 2000  # 2 a query, where each query that waited once made 10 to 14
+
+
 def test_one_users_slow_statements_leave_a_pipeline_to_others(play: Play) -> None:
     async def story() -> None:
         slow = statement("SELECT %(user_id)s FROM pg_sleep(0.8)")
