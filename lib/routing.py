@@ -8,7 +8,7 @@ It saves 35 of a GET's 100 us. Routes beyond is_prepared() are left to FastAPI, 
 
 import dataclasses
 import re
-from collections.abc import Callable, Coroutine, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from inspect import signature
 from typing import Any
 
@@ -22,7 +22,7 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 SOURCES = {"path": "path_params", "query": "query_params", "header": "headers"}
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
@@ -37,27 +37,32 @@ Fields = list[tuple[ModelField, Any, str, list[str]]]
 class PreparedRoute(APIRoute):
     """An APIRoute whose parameters are prepared at start, if is_prepared()."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        by_fastapi = super().get_route_handler()
-        if not is_prepared(self):
-            return by_fastapi
-        overrides = getattr(self.dependency_overrides_provider, "dependency_overrides", {})
-        steps = [(needed, fields_of(needed)) for needed in walk(self.dependant)]
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if is_prepared(self):
+            self.app = prepare(self, by_fastapi=self.app)
 
-        async def handle(request: Request) -> Response:
-            if overrides:
-                return await by_fastapi(request)
-            results: dict[Any, Any] = {}
-            errors: list[Any] = []
-            for needed, fields in steps:
-                if needed.call not in results:
-                    await run(needed, fields, request, results, errors)
-            if errors:
-                raise RequestValidationError(errors)
-            response: Response = results[self.endpoint]
-            return response
 
-        return handle
+def prepare(route: APIRoute, by_fastapi: ASGIApp) -> ASGIApp:
+    """Exceptions go to Starlette's ExceptionMiddleware, and no dependency has anything to close:
+    FastAPI's own wrapper, which cares for both here, takes 9 us."""
+    overrides = getattr(route.dependency_overrides_provider, "dependency_overrides", {})
+    steps = [(needed, fields_of(needed)) for needed in walk(route.dependant)]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if overrides:
+            return await by_fastapi(scope, receive, send)
+        request = Request(scope, receive, send)
+        results: dict[Any, Any] = {}
+        errors: list[Any] = []
+        for needed, fields in steps:
+            if needed.call not in results:
+                await run(needed, fields, request, results, errors)
+        if errors:
+            raise RequestValidationError(errors)
+        await results[route.endpoint](scope, receive, send)
+
+    return app
 
 
 def is_prepared(route: APIRoute) -> bool:
