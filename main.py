@@ -180,6 +180,7 @@ app = openapi.DocumentedAPI(
     generate_unique_id_function=lambda r: r.name + "_of_user" * r.path.startswith("/api/"),
     redirect_slashes=False,
     lifespan=startup.lifespan(db.start, db.stop),
+    telemetry=startup.telemetry(),
     middleware=[  # outermost first
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         *middleware.cors(os.environ.get("CORS_ORIGINS", ""), "CORS_ORIGINS"),
