@@ -1,7 +1,7 @@
 """Speaks identity: policy, tokens, the user of a request, and passwords.
 
-Each algorithm has keys of its own, so that no token can pair one with another's (RFC 8725 section
-3.1): HS256 meets only the secret, the others only the keys behind JWT_JWKS_URL.
+No key serves two algorithms, so no token can choose how a key is used (RFC 8725 section 3.1): HS256
+takes only the secret, the others only the keys behind JWT_JWKS_URL.
 """
 
 import hashlib
@@ -26,26 +26,26 @@ JWKS_URL = os.environ.get("JWT_JWKS_URL") or ""
 ISSUER = os.environ.get("JWT_ISSUER") or None
 AUDIENCE = os.environ.get("JWT_AUDIENCE") or None
 USER_CLAIM = os.environ.get("JWT_USER_CLAIM") or "sub"
-# With BETTER_AUTH_SECRET alone, a stranger who registers would hold a token of the frontend.
+# Not by BETTER_AUTH_SECRET: the frontend would take our token for a stranger for its own.
 ACCOUNTS = bool(JWT_SECRET) and os.environ.get("ACCOUNTS") != "off"
 
 MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
-ALGORITHMS = ("EdDSA", "ES256", "RS256")  # of an issuer
-MAX_TOKEN = 8192  # bytes: no issuer comes near; a longer token is refused unread
+ALGORITHMS = ("EdDSA", "ES256", "RS256")  # of JWT_JWKS_URL
+MAX_TOKEN = 8192  # bytes: a longer token is refused unread
 MAX_USER_ID = 255  # characters, as in schema.sql
-CLOCK_SKEW = 10  # seconds that an issuer's clock may be ahead (iat, nbf); exp has no grace
+CLOCK_SKEW = 10  # seconds that an issuer's clock may be ahead (iat, nbf); read_claims() has exp
 TOKEN_LIFETIME = 86_400  # seconds: nobody can take a token back, so it ends after a day
 TOKEN_CACHE_TTL = 60  # seconds: to look a token up takes 1 us, to verify it 34 to 136
 TOKEN_CACHE_SIZE = 10_000  # tokens, of 260 bytes each
 MIN_PASSWORD, MAX_PASSWORD = 8, 72  # bytes: bcrypt reads no further
 BCRYPT_COST = 12  # 0.24 s of a core
-MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # passwords hashed at a time, and waiting: for 2.4 s
-USER_LIMIT = parse_limit(os.environ.get("RATE_LIMIT", "600/minute"), "RATE_LIMIT")  # per user
+MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # passwords at a time, and those that wait: for 2.4 s
+USER_LIMIT = parse_limit(os.environ.get("RATE_LIMIT", "600/minute"), "RATE_LIMIT")  # "" is none
 ACCOUNT_LIMIT = parse_limit("10/minute")  # logins and registrations with one e-mail
-ADDRESS_LIMIT = parse_limit("100/minute")  # and from one address
+ADDRESS_LIMIT = parse_limit("100/minute")  # logins and registrations from one IP address
 
 COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
-UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
+UUID_V7 = re.compile(r"[0-9a-f-]{14}7[0-9a-f-]{21}")  # as accounts have
 
 limiter = RateLimiter(os.environ.get("RATE_LIMIT_STORAGE_URI"))
 key_set = KeySet(JWKS_URL, ALGORITHMS)
@@ -55,7 +55,7 @@ passwords = Passwords(BCRYPT_COST, MAX_HASHING, MAX_HASHING_QUEUE)
 def check_settings() -> None:
     """Raises SystemExit with one line that names the setting that is missing or wrong."""
     if not SECRET and not JWKS_URL:
-        raise SystemExit("JWT_SECRET is not set, nor JWT_JWKS_URL: no token could be verified")
+        raise SystemExit("JWT_SECRET, BETTER_AUTH_SECRET or JWT_JWKS_URL has to be set")
     if SECRET and len(SECRET.encode()) < MIN_SECRET:
         name = "JWT_SECRET" if JWT_SECRET else "BETTER_AUTH_SECRET"
         raise SystemExit(f"{name} is shorter than 32 bytes: `openssl rand -base64 32` makes one")
@@ -73,7 +73,7 @@ def check_settings() -> None:
 
 
 class VerifiedToken(NamedTuple):
-    """Whose token it is, and until when that may be looked up, in seconds since 1970."""
+    """A token's user, and when it must be verified again, in seconds since 1970."""
 
     user_id: str
     until: float
@@ -90,7 +90,7 @@ async def verify_once(token: str) -> str:
         user_id, expires = read_claims(await verify(token))
         known = VerifiedToken(user_id, min(expires, now + TOKEN_CACHE_TTL))
         if len(verified) >= TOKEN_CACHE_SIZE:
-            del verified[next(iter(verified))]  # the oldest
+            del verified[next(iter(verified))]  # the first seen
         verified[digest] = known
     return known.user_id
 
@@ -118,12 +118,12 @@ async def verify(token: str) -> dict[str, Any]:
     except jwt.PyJWTError:
         raise Unauthorized from None
     if alg != "HS256" and is_account_id(str(claims[USER_CLAIM])):
-        raise Unauthorized(description="the issuer's user has an id of the form of accounts")
+        raise Unauthorized(description="an outside user may not have an account's id")
     return claims
 
 
 async def find_key(header: dict[str, Any]) -> tuple[str, Any]:
-    """The algorithm of a token, and the key that it has to be signed with."""
+    """The algorithm of a token, and the key that verifies its signature."""
     alg = header.get("alg")
     if alg == "HS256" and SECRET:
         return alg, SECRET
@@ -137,9 +137,8 @@ def read_claims(claims: dict[str, Any]) -> tuple[str, float]:
     """The user id and the expiry. PyJWT has checked that they are there, and not their types."""
     user_id, exp = claims[USER_CLAIM], claims["exp"]
     if not isinstance(user_id, str) or not 1 <= len(user_id) <= MAX_USER_ID:
-        raise Unauthorized(
-            description=f"the claim {USER_CLAIM} is not a text of 1 to 255 characters"
-        )
+        text = f"the claim {USER_CLAIM} is not a text of 1 to {MAX_USER_ID} characters"
+        raise Unauthorized(description=text)
     if not user_id.isprintable() or type(exp) not in (int, float):  # True is an int
         raise Unauthorized
     if exp <= time():  # jwt.decode() allowed it CLOCK_SKEW more
@@ -148,7 +147,7 @@ def read_claims(claims: dict[str, Any]) -> tuple[str, float]:
 
 
 def is_account_id(user_id: str) -> bool:
-    """Whether an id has the form that accounts have. A token of an issuer may not name one."""
+    """Whether there are accounts, and this is the id of one. No outside token may name one."""
     return ACCOUNTS and bool(UUID_V7.fullmatch(user_id))
 
 
@@ -164,7 +163,7 @@ def issue_token(user_id: str) -> str:
 
 
 async def identify(scope: Scope) -> bool:
-    """Whether a request has a good token. Its state keeps the user, or the error."""
+    """Whether the token is good. The state gets its user (None until then), or the error."""
     state = scope["state"]
     sent = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, token = sent[0].decode("latin-1").partition(" ") if sent else ("", "", "")
@@ -178,13 +177,13 @@ async def identify(scope: Scope) -> bool:
 
 
 class UserFromToken(OAuth2PasswordBearer):
-    """The dependency of every protected route: the id of the user whose token came.
+    """The dependency that gives the user id. Its base class is for OpenAPI alone.
 
     Raises Unauthorized, and HTTPProblem(429) for a user above USER_LIMIT.
     """
 
-    async def __call__(self, request: Request) -> str:  # type: ignore[override]  # the user id
-        state = request.scope["state"]
+    async def __call__(self, request: Request) -> str:  # type: ignore[override]  # never None
+        state = request.scope["state"]  # middleware may have called identify()
         if "unauthorized" in state or not (state["user_id"] or await identify(request.scope)):
             raise state["unauthorized"]
         user_id: str = state["user_id"]
@@ -192,9 +191,9 @@ class UserFromToken(OAuth2PasswordBearer):
         return user_id
 
 
-current_user = UserFromToken(tokenUrl="auth/token", description="A JWT (RFC8725), good for a day.")
+current_user = UserFromToken(tokenUrl="auth/token", description="A JWT (RFC 7519) for a day.")
 if not ACCOUNTS:  # OpenAPI says that the tokens come from somebody else
-    current_user.model = HTTPBearer(bearerFormat="JWT", description="A JWT (RFC8725).").model
+    current_user.model = HTTPBearer(bearerFormat="JWT", description="A JWT (RFC 7519).").model
 
 
 # Passwords.
@@ -214,7 +213,7 @@ def check_length(password: str) -> str:
 
 async def throttle(request: Request, email: str) -> None:
     """Counts an attempt to log in or register, before anything is hashed. Raises HTTPProblem."""
-    address = request.client.host if request.client else ""
+    address = request.client.host if request.client else ""  # by --proxy-headers
     await limiter.hit("address", ADDRESS_LIMIT, address)
     await limiter.hit("account", ACCOUNT_LIMIT, email)
     passwords.refuse_if_busy()

@@ -1,7 +1,8 @@
 """Speaks SQL: each statement of the service, above the function that runs it.
 
-A task comes back as JSON that goes to the client as it is. "No row" is None. Rows hold PostgreSQL's
-text as bytes. Every function may raise Unavailable (503), one that writes InvalidValue (422).
+A task comes back as JSON that goes to the client as it is. "No row" is None. Each function may
+raise Unavailable (503), a write InvalidValue (422) too. A Statement that begins with SELECT reads.
+Its first answer tells its columns. Rows hold PostgreSQL's text as bytes.
 """
 
 import hashlib
@@ -14,28 +15,28 @@ from lib.pipeline import ConnectionPool, ForeignKeyViolation, PipelinePool, Rows
 from lib.postgres import connection_string, prepare_database
 from lib.rows import cut_array, to_json
 
-# What a client may write of a task, and what an answer shows. A new field goes into WRITABLE.
+# What a client may write of a task, and what an answer shows (id first). A new field is WRITABLE.
 WRITABLE = ["title", "description", "completed"]
 SHOWN = ["id", "user_id", *WRITABLE, "completed AS is_completed", "created_at", "updated_at"]
-TASK = ", ".join(SHOWN)
-FORM = hashlib.sha256(TASK.encode()).hexdigest()[:8]  # ends a task's ETag: a new field changes it
-PING_TTL = 5.0  # seconds between the queries that /health/ready makes
-MAX_PAGE = 1_000_000  # bytes: we hold them for a client that never reads
+COLUMNS = ", ".join(SHOWN)
+FORM = hashlib.sha256(COLUMNS.encode()).hexdigest()[:8]  # in ETags: a new field makes all stale
+PING_TTL = 5.0  # seconds that an answer of the database counts
+MAX_PAGE = 1_000_000  # bytes: a client that never reads costs no more
 
-# A formatter would move a statement off the line of its name.
+# A formatter would put a line break before the f""" of each statement.
 # fmt: off
 
 
 class Task(NamedTuple):
-    """A task as JSON in UTF-8, and its ETag: the count of its writes, and the form of the JSON."""
+    """A task as JSON in UTF-8, and its ETag: "version-FORM"."""
 
     json: bytes
     etag: str
 
 
-# tasks_pkey serves this and every other statement on tasks but INSERT.
+# tasks_pkey serves every statement on tasks but INSERT.
 SELECT_TASK = Statement("SELECT_TASK", f"""
-SELECT {TASK}, version
+SELECT {COLUMNS}, version
 FROM tasks
 WHERE user_id = %(user_id)s AND id = %(task_id)s
 """)
@@ -46,12 +47,13 @@ async def select_task(user_id: str, task_id: UUID) -> Task | None:
 
 
 # A backward scan of the primary key from where the last page ended: by `after`, page 100 costs
-# what page 1 does. The one task too many tells that more follow. Each task is a line, where
-# cut_array() cuts: JSON has no line break in a string. Our to_json() would take twice as long.
+# what page 1 does. coalesce() keeps that one range, OR would not. LIMIT + 1 tells whether more
+# follow. A task is a line, as strings in JSON break none, and cut_array() cuts between two lines.
+# row_to_json() takes half of to_json()'s time, but Citus refuses it in RETURNING.
 SELECT_TASKS = Statement("SELECT_TASKS", f"""
 SELECT '[' || coalesce(string_agg(row_to_json(page)::text, E',\\n'), '') || ']', count(*)
 FROM (
-    SELECT {TASK}
+    SELECT {COLUMNS}
     FROM tasks
     WHERE user_id = %(user_id)s
         AND id < coalesce(%(after)s, 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid)
@@ -66,32 +68,29 @@ FROM (
 async def select_tasks(
     user_id: str, completed: bool | None, after: UUID | None, offset: int, limit: int
 ) -> tuple[bytes, str | None]:
-    """Up to `limit` tasks as a JSON array, newest first, and the id of the last while more follow.
-
-    A page ends early at MAX_PAGE.
-    """
+    """Up to `limit` tasks or MAX_PAGE, newest first, and the last id while more follow."""
     values: dict[str, Value] = {"user_id": user_id, "completed": completed, "after": after}
     [(array, count)] = await fetch(SELECT_TASKS, offset=offset, limit=limit, **values)
     return cut_array(array, has_surplus=int(count) > limit, max_size=MAX_PAGE)
 
 
 class Stored(NamedTuple):
-    """A task that was stored, its id, and whether an earlier request with its key has done it."""
+    """A stored task, its id, and whether an earlier request with its key had stored it."""
 
     task: Task
     id: str
     replayed: bool
 
 
-# A known Idempotency-Key turns the insert into an update that changes nothing, as DO NOTHING would
-# return no row. It waits for a twin under way; xmax tells them apart. Other fields: no row.
+# A known Idempotency-Key makes this an update that changes nothing, as DO NOTHING returns no row.
+# xmax is 0 in a new row only. The same key with other fields returns no row.
 INSERT_TASK = Statement("INSERT_TASK", f"""
 INSERT INTO tasks (user_id, {", ".join(WRITABLE)}, idempotency_key, idempotency_digest)
 VALUES (%(user_id)s, {", ".join(f"%({field})s" for field in WRITABLE)}, %(key)s, %(digest)s)
 ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
 DO UPDATE SET idempotency_key = excluded.idempotency_key
 WHERE tasks.idempotency_digest = excluded.idempotency_digest
-RETURNING {TASK}, version, xmax <> 0
+RETURNING {COLUMNS}, version, xmax <> 0
 """)
 
 INSERT_OWNER = Statement("INSERT_OWNER", """
@@ -104,7 +103,7 @@ ON CONFLICT (id) DO NOTHING
 async def insert_task(
     user_id: str, fields: dict[str, Value], key: str | None, sent: str, outside: bool
 ) -> Stored | None:
-    """Stores a task. None when its key came with other fields; `sent` is those that came, as JSON.
+    """Stores a task. `sent` is the body as JSON. None when the key came with another one before.
 
     A user of an `outside` issuer gets a row with the first task. Raises ForeignKeyViolation for an
     account that has been deleted.
@@ -122,24 +121,24 @@ async def insert_task(
     return Stored(task, rows[0][0].decode(), rows[0][-1] == b"t") if task else None
 
 
-# Fields that were not sent stay. The update is heap-only (HOT), as no index has these columns.
-# greatest(), as now() is when the statement began: it may have waited for a later one.
+# Fields that were not sent stay. The update is HOT, as no index has these columns.
+# now() is when the statement began. It may have waited for one that began later: hence greatest().
 UPDATE_TASK = Statement("UPDATE_TASK", f"""
 UPDATE tasks
-SET {", ".join(f"{f} = CASE WHEN %(sets_{f})s THEN %({f})s ELSE {f} END" for f in WRITABLE)},
+SET {", ".join(f"{n} = CASE WHEN %(sets_{n})s THEN %({n})s ELSE {n} END" for n in WRITABLE)},
     version = version + 1,
     updated_at = greatest(now(), updated_at)
 WHERE user_id = %(user_id)s AND id = %(task_id)s
     AND (%(versions)s::bigint[] IS NULL OR version = ANY (%(versions)s))
-RETURNING {TASK}, version
+RETURNING {COLUMNS}, version
 """)
 
 
 async def update_task(
     user_id: str, task_id: UUID, changes: dict[str, Value], versions: list[int] | None
 ) -> Task | None:
-    """Changes fields of a task that is at one of `versions` (of If-Match); None: at any."""
-    if not changes and versions is None:  # nothing to write
+    """Changes a task if its version is one of `versions` (of If-Match; None: any version)."""
+    if not changes and versions is None:  # a read will do
         return await select_task(user_id, task_id)
     values: dict[str, Value] = {"user_id": user_id, "task_id": task_id, "versions": versions}
     for field in WRITABLE:
@@ -147,7 +146,7 @@ async def update_task(
     return task_in(UPDATE_TASK, await fetch(UPDATE_TASK, **values))
 
 
-# `NOT completed` is read and written under the row's lock: of 300 toggles at once, each counts.
+# `NOT completed` is read and written under the row's lock: no toggle is lost to another.
 TOGGLE_TASK = Statement("TOGGLE_TASK", f"""
 UPDATE tasks
 SET completed = coalesce(%(completed)s, NOT completed),
@@ -155,14 +154,14 @@ SET completed = coalesce(%(completed)s, NOT completed),
     updated_at = greatest(now(), updated_at)
 WHERE user_id = %(user_id)s AND id = %(task_id)s
     AND (%(versions)s::bigint[] IS NULL OR version = ANY (%(versions)s))
-RETURNING {TASK}, version
+RETURNING {COLUMNS}, version
 """)
 
 
 async def toggle_task(
     user_id: str, task_id: UUID, completed: bool | None, versions: list[int] | None
 ) -> Task | None:
-    """Sets `completed` of a task that is at one of `versions`, or flips it for None."""
+    """Sets `completed`, or flips it for None, if the version is one of `versions`."""
     values: dict[str, Value] = {"user_id": user_id, "task_id": task_id}
     values |= {"completed": completed, "versions": versions}
     return task_in(TOGGLE_TASK, await fetch(TOGGLE_TASK, **values))
@@ -177,19 +176,19 @@ RETURNING id
 
 
 async def delete_task(user_id: str, task_id: UUID, versions: list[int] | None) -> bool:
-    """Deletes a task that is at one of `versions`. False when there was none."""
+    """Deletes a task if its version is one of `versions`. False when there was none."""
     return bool(await fetch(DELETE_TASK, user_id=user_id, task_id=task_id, versions=versions))
 
 
 class Account(NamedTuple):
-    """A user with an e-mail and a password. The JSON is what an answer shows."""
+    """A user with an e-mail and a password. An answer shows the JSON."""
 
     id: str
     json: bytes
     password_hash: bytes
 
 
-# DO NOTHING, as Citus renames the constraint that an error would name.
+# A taken e-mail returns no row. An error would name its constraint, which Citus renames.
 INSERT_ACCOUNT = Statement("INSERT_ACCOUNT", """
 INSERT INTO users (email, password_hash)
 VALUES (%(email)s, %(password_hash)s)
@@ -225,7 +224,7 @@ LEFT JOIN users ON users.id = asked.id
 
 
 async def select_user(user_id: str) -> bytes:
-    """The user as JSON. email and created_at are null where nothing is stored for them."""
+    """The user as JSON. email and created_at may be null."""
     [user] = await fetch(SELECT_USER, user_id=user_id)
     return to_json(SELECT_USER.columns, user)
 
@@ -234,7 +233,7 @@ PING = Statement("PING", "SELECT 1")
 
 
 async def ping() -> None:
-    """Returns when the database answers, or has answered in the last PING_TTL seconds."""
+    """Returns when the database answers, or did in the last PING_TTL seconds."""
     if reads.seconds_since_answer() > PING_TTL:
         await fetch(PING)
 
@@ -243,18 +242,19 @@ async def ping() -> None:
 
 # Connections.
 
-STATEMENTS = [SELECT_TASK, SELECT_TASKS, INSERT_TASK, INSERT_OWNER, UPDATE_TASK, TOGGLE_TASK]
-STATEMENTS += [DELETE_TASK, INSERT_ACCOUNT, SELECT_ACCOUNT, SELECT_USER, PING]
+# Prepared at start, so that a mistake in one shows.
+STATEMENTS = [each for each in list(globals().values()) if isinstance(each, Statement)]
 
 connections = ConnectionPool(lambda: connection_string(os.environ), max_size=8)
-# Reads cost our CPU: 2 connections, 16 statements under way on each. Commits on a connection wait
-# for the disk one after the other: 6. Apart, a write that waits for a lock holds up no read.
+# Reads are bound by our CPU: 2 connections do, with up to 16 statements under way on each. Commits
+# on one connection wait for the disk in turn, so writes get 6. A write that waits for a lock must
+# not hold up reads, so each has a pool.
 reads = PipelinePool(connections, size=2, max_pipeline=16)
 writes = PipelinePool(connections, size=6, max_pipeline=4)
 
 
 async def start() -> None:
-    """Waits for the database, applies schema.sql and opens the connections. Raises NotReady."""
+    """Waits for the database, applies schema.sql, whose digest `tasks` notes, and connects."""
     schema = Path(__file__).with_name("schema.sql")
     await prepare_database(connection_string(os.environ), schema, "tasks", STATEMENTS)
     await connections.open()
@@ -267,6 +267,7 @@ async def stop() -> None:
 
 
 async def fetch(statement: Statement, **values: Value) -> Rows:
+    """The rows. One user's slow statements hold up nobody else's."""
     pool = reads if statement.reads_only else writes
     return await pool.execute(statement, values, user_id=str(values.get("user_id", "")))
 

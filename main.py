@@ -1,21 +1,21 @@
 """Speaks HTTP: the routes of the todo service, their schemas, and what a request passes.
 
-    POST   /auth/register              make an account, get its token     public
-    POST   /auth/login                 get a token                        public
-    POST   /auth/token                 the same by OAuth2 password form   public
-    POST   /auth/logout                nothing: a token ends by itself    public
-    GET    /auth/me                    the token's user
-    POST   /tasks                      store a task
-    GET    /tasks                      a page of tasks, newest first
-    GET    /tasks/{task_id}            one task
-    PUT    /tasks/{task_id}            change the fields sent
-    PATCH  /tasks/{task_id}            the same
-    DELETE /tasks/{task_id}            delete a task
-    PATCH  /tasks/{task_id}/complete   flip `completed`, or set it
-    PATCH  /tasks/{task_id}/toggle     the same
-    GET    /health                     the process lives                  public
-    GET    /health/ready               the database answers               public
-    GET    /                           name and version                   public
+    POST   /auth/register             make an account, get its token (public)
+    POST   /auth/login                get a token (public)
+    POST   /auth/token                the same by OAuth2 password form (public)
+    POST   /auth/logout               nothing: a token ends by itself (public)
+    GET    /auth/me                   the token's user
+    POST   /tasks                     store a task
+    GET    /tasks                     a page of tasks, newest first
+    GET    /tasks/{task_id}           one task
+    PUT    /tasks/{task_id}           change the fields sent
+    PATCH  /tasks/{task_id}           the same
+    DELETE /tasks/{task_id}           delete a task
+    PATCH  /tasks/{task_id}/complete  flip `completed`, or set it
+    PATCH  /tasks/{task_id}/toggle    the same
+    GET    /health                    the process lives (public)
+    GET    /health/ready              the database answers (public)
+    GET    /                          name and version (public)
 
 The task routes stand under /api/{user_id}/tasks too, where {user_id} is the token's own user or
 `me`. Every error is a problem (RFC 9457).
@@ -34,7 +34,6 @@ from uuid import UUID
 from fastapi import Depends, Form, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, AliasChoices, Field, StrictBool, StringConstraints
-from pydantic import WithJsonSchema as Documented
 from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -49,11 +48,11 @@ from lib.routing import PreparedRoute
 
 VERSION = "1.1.0"
 
-# Schemas. A field's title and description make the message for a value that breaks its rules.
+# Schemas (no tables). A field's title and description are its error message.
 
-# Written out, as dialects of regular expressions differ in \s. PostgreSQL cannot store NUL.
+# Written out, as \s differs between dialects. \x00 is excluded: PostgreSQL cannot store it.
 WHITESPACE = r"\x00-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-NOT_SENT: Any = Field(default_factory=str)  # never read, and not in OpenAPI
+NOT_SENT: Any = Field(default_factory=str)  # never read; a plain default would be in OpenAPI
 
 Title = Annotated[str, Field(
     min_length=1, max_length=500, pattern=rf"^[^\x00]*[^{WHITESPACE}][^\x00]*$",
@@ -72,7 +71,8 @@ Email = Annotated[str, StringConstraints(strip_whitespace=True), Field(
 ), AfterValidator(auth.normal_email)]  # fmt: skip
 Password = Annotated[str, AfterValidator(auth.check_length), Field(
     description="8 to 72 bytes in UTF-8", examples=["correct horse"],
-), Documented({"type": "string", "minLength": 8, "maxLength": 72})]  # fmt: skip
+    json_schema_extra={"minLength": 8, "maxLength": 72},
+)]  # fmt: skip
 
 
 class Toggle(SQLModel):
@@ -89,11 +89,11 @@ class TaskUpdate(Toggle):
 
 
 class TaskCreate(SQLModel):
-    """A new task. Unknown fields are ignored."""
+    """A new task."""
 
     title: Title
     description: Description = None
-    completed: Completed = Field(default_factory=bool)  # False, and out of OpenAPI
+    completed: Completed = Field(default_factory=bool)  # False
 
 
 class Task(SQLModel):
@@ -125,7 +125,7 @@ class Login(SQLModel):
 
 
 class Registration(Login):
-    """An e-mail and a password."""
+    """A new account."""
 
     password: Password
 
@@ -144,11 +144,11 @@ class AccessToken(SQLModel):
 MESSAGES = problems.messages_of(TaskCreate, Registration)
 MESSAGES["username"] = MESSAGES["email"]
 
-TASK_NOT_FOUND = HTTPProblem(404, "Task not found", "task_not_found")  # also where it is another's
+TASK_NOT_FOUND = HTTPProblem(404, "Task not found", "task_not_found")  # or is another user's
 IDENTITY_MISMATCH = HTTPProblem(403, "User identity mismatch", reason="the path of another user")
 ACCOUNT_GONE = Unauthorized(description="the account of this token has been deleted")
 
-# In turn: a path that clients use, what replaces it, and the type of the body where that matters.
+# Each is tried on what the one before made: start of the path, replacement, type of the body.
 ALIASES = [
     (r"/(?:api/(?:v1/)?)?(?:tasks|todos)(?=/|$)", "/tasks", b""),
     (r"/tasks/create$", "/tasks", b""),
@@ -165,7 +165,7 @@ ALIASES = [
 CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no alias changes these
 
 
-async def is_for_tasks(scope: Scope) -> bool:
+async def has_token_for_tasks(scope: Scope) -> bool:
     return scope["path"].startswith(("/tasks", "/api/")) and await auth.identify(scope)
 
 
@@ -174,11 +174,9 @@ app = openapi.DocumentedAPI(
     {"accounts": "Users and tokens.", "tasks": "A user's tasks.", "service": "The service itself."},
     title="Todo",
     version=VERSION,
-    summary="A multi-user todo service.",
-    description="Errors are problems (RFC 9457): show `detail` to people, `code` is for programs.",
+    description="Todos of many users. An error's `detail` is for people, `code` for programs.",
     responses={"4XX": {"model": Problem}},
     generate_unique_id_function=lambda r: r.name + "_of_user" * r.path.startswith("/api/"),
-    redirect_slashes=False,
     lifespan=startup.lifespan(db.start, db.stop),
     telemetry=startup.telemetry(),
     middleware=[  # outermost first
@@ -187,11 +185,11 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.ErrorResponses, respond=respond),  # a problem for each exception
         Middleware(middleware.CanonicalPath, aliases=ALIASES, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
-        Middleware(middleware.ConcurrencyLimit, applies_to=is_for_tasks),  # 64 at once
+        Middleware(middleware.ConcurrencyLimit, applies_to=has_token_for_tasks),  # 64 in all
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
-app.router.route_class = PreparedRoute  # response_model only documents
+app.router.route_class = PreparedRoute  # faster: response_model only documents
 
 
 # Tasks.
@@ -203,22 +201,22 @@ Endpoint = Callable[..., Awaitable[Response]]
 Decorator = Callable[[Endpoint], Endpoint]
 
 
-async def own_path(user_id: str, user: CurrentUser) -> None:
-    if user_id not in (user, "me"):
+async def own_path(user_id: str, me: CurrentUser) -> None:
+    if user_id not in (me, "me"):
         raise IDENTITY_MISMATCH
 
 
 def route(method: str, path: str, **options: Any) -> Decorator:
-    """Registers a route of tasks under both roots. `user_id` of an endpoint is the token's."""
+    """Registers a route under both roots. Its `user_id` is the token's, never the path's."""
     options |= {"methods": [method], "tags": ["tasks"]}
-    refused = openapi.errors(TASK_NOT_FOUND) if "{task_id}" in path else {}
+    refusals = openapi.errors(TASK_NOT_FOUND) if "{task_id}" in path else {}
     of_user: Any = {
         "dependencies": [Depends(own_path)],
-        "responses": refused | openapi.errors(IDENTITY_MISMATCH),
+        "responses": refusals | openapi.errors(IDENTITY_MISMATCH),
     }
 
     def register(endpoint: Endpoint) -> Endpoint:
-        app.add_api_route(path, endpoint, responses=refused, **options)
+        app.add_api_route(path, endpoint, responses=refusals, **options)
         app.add_api_route("/api/{user_id}" + path, endpoint, **options, **of_user)
         return endpoint
 
@@ -256,7 +254,7 @@ async def list_tasks(
     """List tasks, newest first. While more follow, `Link` has the address of the next page.
 
     It goes on by `after`, the id of the last task seen: such a page costs the same however far it
-    is. Pages by `offset` (or `skip`) or by `page` (of `limit` tasks, from 1) cost more and more.
+    is. Pages by `offset` (or `skip`) or `page` (of `limit` tasks, from 1) cost more and more.
     """
     if completed is None and status != "all":
         completed = status == "completed"
@@ -302,14 +300,14 @@ async def toggle_task(
 async def delete_task(user_id: CurrentUser, task_id: UUID, conditions: IfConditions) -> Response:
     """Delete a task."""
     if not await db.delete_task(user_id, task_id, conditions.versions(db.FORM)):
-        await respond_written(None, user_id, task_id, conditions)  # raises
+        await respond_written(None, user_id, task_id, conditions)
     return Response(status_code=204)
 
 
 async def respond_written(
     task: db.Task | None, user_id: str, task_id: UUID, conditions: Conditions
 ) -> Response:
-    """The task, or why a write has found none: 412 where it is there in another version."""
+    """The written task. Without one raises 412 if it has another version, or 404."""
     if task:
         return Response(task.json, 200, {"ETag": task.etag}, "application/json")
     if conditions.versions(db.FORM) is not None and await db.select_task(user_id, task_id):
@@ -324,7 +322,7 @@ WRONG_CREDENTIALS = Unauthorized("wrong_credentials", detail="Wrong e-mail or pa
 
 
 def account_route(path: str, refusal: HTTPProblem, status: int = 200) -> Decorator:
-    """Registers a route that gives a token, if there are accounts."""
+    """Registers a route that gives a token, if ACCOUNTS is on."""
     refusals = openapi.errors(refusal, HTTPProblem(429, "Too many requests"))
     options: Any = {"responses": refusals, "response_model": AccessToken, "tags": ["accounts"]}
     register: Any = app.post(path, status_code=status, **options)
@@ -340,7 +338,8 @@ def token_response(account: db.Account, status: int = 200) -> Response:
 async def log_in(request: Request, email: str, password: str) -> Response:
     await auth.throttle(request, email)
     account = await db.select_account(email)
-    matches = await auth.passwords.check(password, account and account.password_hash)  # as slow
+    # Without an account it takes as long.
+    matches = await auth.passwords.check(password, account and account.password_hash)
     if account is None or not matches:
         raise WRONG_CREDENTIALS
     return token_response(account)
@@ -395,7 +394,7 @@ async def health() -> dict[str, str]:
 
 @app.get("/health/ready", tags=["service"])
 async def ready() -> dict[str, str]:
-    """See that the database answers. It is asked at most once in 5 seconds."""
+    """See that the database answers, or did in the last 5 seconds."""
     await db.ping()
     return {"status": "ready"}
 
@@ -406,12 +405,12 @@ async def root(request: Request) -> Response:
     return welcome.respond(request, {"name": "todo", "version": VERSION, "docs": "/docs"})
 
 
-# Routes are tried in this order: the busiest, those of tasks, come first.
+# Routes are tried in order: the busiest, under /tasks, first.
 app.router.routes.sort(key=lambda each: not getattr(each, "path", "").startswith("/tasks"))
 
 if __name__ == "__main__":  # python main.py: development
-    tokens = ("JWT_SECRET", "BETTER_AUTH_SECRET", "JWT_JWKS_URL")
-    develop.run("main:app", Path(__file__).resolve().parent, tokens)
+    keys = ("JWT_SECRET", "BETTER_AUTH_SECRET", "JWT_JWKS_URL")
+    develop.run("main:app", Path(__file__).resolve().parent, keys)
 else:  # a server imports us
     logs.configure()
     auth.check_settings()

@@ -5,8 +5,8 @@
 -- here a second time, as named constraints: whatever else writes to this database meets them too.
 
 -- UUID version 7 (RFC 9562 section 5.7) begins with the time, so the primary key of tasks is also
--- their order. PostgreSQL 18 has it built in. This one has the same layout: 48 bits of
--- milliseconds, 12 bits of its fraction (section 6.2, method 3), 62 random bits.
+-- their order. PostgreSQL 18 has uuidv7(); before, this one lays out the same 16 bytes: 6 are the
+-- milliseconds, 2 the version (7) and a fraction (section 6.2, method 3), 8 are random.
 DO $block$
 BEGIN
     IF to_regprocedure('uuidv7()') IS NULL THEN
@@ -25,9 +25,9 @@ BEGIN
 END
 $block$;
 
--- Whoever owns tasks has a row. A user of an outside issuer has an id and nothing else, and gets it
--- with the first task. Ids are text because issuers choose them (Auth0: "auth0|…"). E-mails
--- are stored in lower case, by one rule (auth.py), and are unique by the index at the end.
+-- Whoever owns tasks has a row. A user of an outside issuer gets one with the first task: an id and
+-- nothing else. Ids are text because issuers choose them (Auth0: "auth0|…"). E-mails are stored
+-- in lower case, by auth.py's rule, and are unique by the index at the end.
 CREATE TABLE IF NOT EXISTS users (
     id            text        NOT NULL DEFAULT uuidv7()::text,
     email         text,
@@ -39,12 +39,12 @@ CREATE TABLE IF NOT EXISTS users (
     CONSTRAINT users_account_is_whole CHECK ((email IS NULL) = (password_hash IS NULL))
 );
 
--- The primary key begins with the owner. So it isolates users, as no statement reaches a task
--- without its owner; it is the only index that a read, a page and a write need, as "newest first"
--- is its backward scan; and Citus can shard by it. An index on completed would end HOT updates.
+-- The primary key begins with the owner, and every statement names the owner, so none reaches
+-- another user's task. Reads, pages and updates need no other index: "newest first" is its backward
+-- scan. Citus can shard by it. An index on completed would end updates that touch no index (HOT).
 --
 -- version counts the writes to a task and becomes its ETag. updated_at cannot, as two writes may
--- share a microsecond. fillfactor leaves room beside each row, so that updates touch no index.
+-- share a microsecond. fillfactor leaves 10 % of each page free for HOT updates.
 CREATE TABLE IF NOT EXISTS tasks (
     user_id     text        NOT NULL,
     id          uuid        NOT NULL DEFAULT uuidv7(),
@@ -63,14 +63,14 @@ CREATE TABLE IF NOT EXISTS tasks (
     CONSTRAINT tasks_description_length CHECK (length(description) <= 5000)
 ) WITH (fillfactor = 90);
 
--- A retried POST finds the task of its first attempt here. Tasks without a key pay nothing. A key
--- lasts as long as its task: deleting the task frees it.
+-- A retried POST finds the task of its first attempt here; the digest is of what it sent. Tasks
+-- without a key pay nothing. A key lasts as long as its task: deleting the task frees it.
 CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency_key ON tasks (user_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 
 -- Changes to tables that exist, oldest first. Each can be applied again.
 
--- 1.1: the index is on the e-mail as stored: with lower() in it, PostgreSQL's rule met auth.py's.
-UPDATE users SET email = lower(email) WHERE email <> lower(email);
+-- 1.1: the index is on the e-mail as stored. The old one had lower(), which differs from auth.py's.
+UPDATE users SET email = lower(email) WHERE to_regclass('users_email_key') IS NOT NULL;
 CREATE UNIQUE INDEX IF NOT EXISTS users_email_unique ON users (email);
 DROP INDEX IF EXISTS users_email_key;

@@ -222,9 +222,9 @@ FAULTS = [
     Fault("digest-over-title", "main.py", "body.model_dump_json(exclude_unset=True)", "body.title", IN_MAIN + "test_a_key_stands_for_every_field"),
     Fault("key-not-private", "schema.sql", "tasks (user_id, idempotency_key)", "tasks (idempotency_key)", IN_MAIN + "test_keys_are_private"),
     Fault("key-reused", "db.py", "\nWHERE tasks.idempotency_digest = excluded.idempotency_digest", "", IN_MAIN + "test_the_same_key_with_another"),
-    Fault("read-any-task", "db.py", "SELECT {TASK}, version\nFROM tasks\nWHERE user_id = %(user_id)s AND", "SELECT {TASK}, version\nFROM tasks\nWHERE %(user_id)s::text <> '' AND", IN_MAIN + "test_another_users_task"),
+    Fault("read-any-task", "db.py", "SELECT {COLUMNS}, version\nFROM tasks\nWHERE user_id = %(user_id)s AND", "SELECT {COLUMNS}, version\nFROM tasks\nWHERE %(user_id)s::text <> '' AND", IN_MAIN + "test_another_users_task"),
     Fault("page-unbounded", "db.py", "MAX_PAGE = 1_000_000", "MAX_PAGE = 100_000_000", "tests/test_promises.py -k test_a_page_is_bounded_by_bytes"),
-    Fault("path-of-anybody", "main.py", 'if user_id not in (user, "me"):', "if False:", IN_MAIN + "test_anybody_elses_path"),
+    Fault("path-of-anybody", "main.py", 'if user_id not in (me, "me"):', "if False:", IN_MAIN + "test_anybody_elses_path"),
 ]
 # fmt: on
 
