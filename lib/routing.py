@@ -111,8 +111,13 @@ async def run(
     needed: Dependant, fields: Fields, request: Request, results: dict[Any, Any], errors: list[Any]
 ) -> None:
     """Calls a function if its arguments are good: adds to `results`, or else to `errors`."""
-    count, inner = len(errors), needed.dependencies
-    arguments = {each.name: results.get(each.call) for each in inner if each.name}
+    arguments: dict[str, Any] = {}
+    count, is_complete = len(errors), True
+    for inner in needed.dependencies:
+        if inner.call not in results:
+            is_complete = False
+        elif inner.name:
+            arguments[inner.name] = results[inner.call]
     if needed.request_param_name:
         arguments[needed.request_param_name] = request
     for field, default, source, names in fields:
@@ -127,7 +132,7 @@ async def run(
             arguments[field.name] = check(field, value, (source, name), errors)
     for body in needed.body_params:
         arguments[body.name] = check(body, await read_json(request), ("body",), errors)
-    if len(errors) == count and all(each.call in results for each in inner):
+    if is_complete and len(errors) == count:
         call: Any = needed.call
         results[call] = await call(**arguments)
 
