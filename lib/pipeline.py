@@ -342,30 +342,43 @@ class Pipeline:
         psycopg's wait() would do, but registers the socket anew for each step: that takes 10 us,
         and PostgreSQL sends a page of 30 KB in four.
         """
-        loop, socket = asyncio.get_running_loop(), self.connection.pgconn.socket
-        end: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(socket, self.advance, steps, end, socket, Ready.R)
+        loop, self.socket = asyncio.get_running_loop(), self.connection.pgconn.socket
+        self.end: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self.socket, self.advance, steps, Ready.R)
         try:
-            self.advance(steps, end, socket, None)
-            while not end.done():
-                await asyncio.wait([end], timeout=SLOW)
-                self.advance(steps, end, socket, Ready.NONE)
-            end.result()
+            self.advance(steps, None)
+            while not self.end.done():
+                await asyncio.wait([self.end], timeout=SLOW)
+                self.advance(steps, Ready.NONE)
+            self.end.result()
         finally:
-            loop.remove_reader(socket)
-            loop.remove_writer(socket)
+            self.finish(None)  # when drive() is cancelled
 
-    def advance(self, steps: Steps, end: asyncio.Future[None], socket: int, ready: Any) -> None:
-        loop = asyncio.get_running_loop()
+    def advance(self, steps: Steps, ready: Any) -> None:
+        loop, wait = asyncio.get_running_loop(), Wait.R
         try:
-            if not end.done() and steps.send(ready) == Wait.RW:
-                loop.add_writer(socket, self.advance, steps, end, socket, Ready.W)
-            else:
-                loop.remove_writer(socket)
+            if not self.end.done():
+                wait = steps.send(ready)
         except StopIteration:
-            end.set_result(None)
+            self.finish(None)
         except Exception as error:
-            end.set_exception(error)
+            self.finish(error)
+        if self.end.done():
+            return
+        if wait == Wait.RW:
+            loop.add_writer(self.socket, self.advance, steps, Ready.W)
+        else:
+            loop.remove_writer(self.socket)
+
+    def finish(self, error: Exception | None) -> None:
+        """Ends drive(). libpq may have closed the socket: the next one to open has its number."""
+        if self.end.done():
+            return
+        self.closing, loop = True, asyncio.get_running_loop()
+        for remove in (loop.remove_writer, loop.remove_reader):
+            with suppress(OSError):  # asyncio tells the kernel about a socket that is closed
+                remove(self.socket)
+        self.end.set_exception(error) if error else self.end.set_result(None)
 
     def exchange(self) -> Steps:
         """Ends after SLOW seconds without a query, or when the connection has to go back."""
@@ -396,20 +409,24 @@ class Pipeline:
             self.connection.prepared,
             self.connection.pgconn,
         )
-        with suppress(psycopg.OperationalError):  # exchange() meets it too, and settles the query
+        try:
             if name not in prepared:
                 prepared.add(name)
                 query.prepares = True
                 pgconn.send_prepare(name, query.statement.text)
             pgconn.send_query_prepared(name, query.values)
             pgconn.pipeline_sync()  # without it, all that is under way were one transaction
+        except psycopg.OperationalError as error:
+            self.finish(error)
 
     def flush(self) -> None:
         """Gives the kernel what was sent. What does not fit is left to exchange()."""
         if self.unflushed:
             self.last_sent = monotonic()
-            with suppress(psycopg.OperationalError):
+            try:
                 self.unflushed = bool(self.connection.pgconn.flush())
+            except psycopg.OperationalError as error:
+                self.finish(error)
 
     def receive(self, now: float) -> None:
         """Handles the results that have come. Raises psycopg.Error on a broken connection."""

@@ -67,6 +67,7 @@ FAULTS = [
     Fault("writes-retried-2", PIPELINE, "retry = not_run or query.statement.reads_only", "retry = True", IN_PIPELINE + "test_a_write_whose_connection_is_lost"),
     Fault("reads-never-retried", PIPELINE, "retry = not_run or query.statement.reads_only", "retry = not_run", IN_PIPELINE + "test_a_read_whose_connection_is_lost"),
     Fault("shutdown-ambiguous", PIPELINE, "isinstance(error, psycopg.errors.AdminShutdown)", "False", IN_PIPELINE + "test_a_write_that_postgresql_says"),
+    Fault("lost-socket-watched", PIPELINE, "(loop.remove_writer, loop.remove_reader)", "()", IN_PIPELINE + "number_of_a_lost"),
     Fault("0A000-not-retried", PIPELINE, '    "0A000",', "    ", AGAIN),
     Fault("25006-not-retried", PIPELINE, '    "25006",', "    ", AGAIN),
     Fault("26000-not-retried", PIPELINE, '    "26000",', "    ", AGAIN),

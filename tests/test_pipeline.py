@@ -21,6 +21,7 @@ import psycopg
 import pytest
 from httpx import Client
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import ConnStatus
 
 import db
 from conftest import Play, Server, client, free_port, serving, start, wait_for_start, wait_until
@@ -273,6 +274,36 @@ def test_a_write_whose_connection_is_lost_is_not_sent_again(play: Play, table: s
         assert value(table, "SELECT count(*) FROM stored") == 1  # PostgreSQL made it all the same
 
     play(story)
+
+
+def test_a_socket_that_gets_the_number_of_a_lost_one_is_watched(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received, replaced = asyncio.Event(), list[int]()
+    ours, theirs = socket.socketpair()
+    advance = pipeline.Pipeline.advance
+
+    def replace(self: pipeline.Pipeline, *step: Any) -> None:
+        """Opens a socket as soon as libpq has closed the one that was cut."""
+        pgconn = self.connection.pgconn
+        number = pgconn.socket if pgconn.status == ConnStatus.OK else None
+        advance(self, *step)
+        if number and pgconn.status != ConnStatus.OK and not replaced:
+            replaced.append(os.dup2(ours.fileno(), number))
+            asyncio.get_running_loop().add_reader(number, received.set)
+
+    async def story() -> None:
+        monkeypatch.setattr(pipeline.Pipeline, "advance", replace)
+        call = await started(db.reads, "SELECT 1 FROM pg_sleep(0.5)")
+        cut(db.reads)
+        assert await call == [(b"1",)]
+        theirs.send(b"x")
+        await asyncio.wait_for(received.wait(), 1)
+        asyncio.get_running_loop().remove_reader(replaced[0])
+        os.close(replaced[0])
+
+    with ours, theirs:
+        play(story)
 
 
 @pytest.mark.parametrize("how", END)
