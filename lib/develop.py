@@ -40,7 +40,13 @@ def run(app: str, folder: Path, settings_for_tokens: tuple[str, ...]) -> None:
                 environ["DATABASE_URL"] = start_postgres(home, stack)
             if not any(map(environ.get, settings_for_tokens)):
                 environ[token] = kept_secret(home / "secret")
-            serve(app, folder, listener)
+            # A new process: what this one has imported has read its settings.
+            fd, port = listener.fileno(), listener.getsockname()[1]
+            command = f"-m uvicorn {app} --fd {fd} --timeout-graceful-shutdown 8".split()
+            with tied("TERM", sys.executable, *command, cwd=folder, pass_fds=[fd]) as service:
+                listener.close()
+                print(WELCOME.replace("8000", str(port)), flush=True)
+                sys.exit(service.wait())
     except ModuleNotFoundError as error:
         sys.exit(f"No {error.name}: {sys.executable} -m pip install -r requirements-dev.txt")
     except OSError as error:
@@ -53,16 +59,6 @@ def listen(port: str) -> socket.socket:
         return socket.create_server(("127.0.0.1", int(port)))
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"PORT {port}: {error}. Stop what uses it, or set another")
-
-
-def serve(app: str, folder: Path, listener: socket.socket) -> None:
-    """Starts a new process, since what this one has imported has read its settings."""
-    fd, port = listener.fileno(), listener.getsockname()[1]
-    command = f"-m uvicorn {app} --fd {fd} --timeout-graceful-shutdown 8".split()
-    with tied("TERM", sys.executable, *command, cwd=folder, pass_fds=[fd]) as service:
-        listener.close()
-        print(WELCOME.replace("8000", str(port)), flush=True)
-        sys.exit(service.wait())
 
 
 def tied(end: str, *command: str, **more: Any) -> Any:
@@ -84,7 +80,7 @@ def start_postgres(home: Path, stack: ExitStack) -> str:
     home.mkdir(exist_ok=True)
     log, new, data = (home / "postgres.log").open("ab"), home / "new", home / "postgres"
     signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"{home} is in use: stop what uses it"))
-    signal.alarm(5)  # time for a killed run's PostgreSQL to stop: it holds the lock until then
+    signal.alarm(5)  # seconds for a killed run's PostgreSQL to stop: until then it holds the lock
     fcntl.flock(log, fcntl.LOCK_EX)
     signal.alarm(0)
     log.truncate(0)
