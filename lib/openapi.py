@@ -8,8 +8,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from lib.problems import HTTPProblem, body_of, phrase
+from lib.problems import HTTPProblem
 
+PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
 # What each part of an operation (its body, its security, a parameter) makes it answer.
 CAUSES = {
     "requestBody": (400, 408, 413, 415, 422, 503),
@@ -48,28 +49,24 @@ class DocumentedAPI(FastAPI):
     """FastAPI with a completed document. `tags` have their order in it, and a description."""
 
     def __init__(self, tags: dict[str, str], **options: Any) -> None:
-        named = [{"name": name, "description": text} for name, text in tags.items()]
-        owner, license = {"name": "Whoever runs this service"}, {"name": "MIT", "identifier": "MIT"}
-        servers = [{"url": "/", "x-internal": False}]
-        super().__init__(
-            openapi_tags=named, contact=owner, license_info=license, servers=servers, **options
-        )
+        self.tags = list(tags)
+        options["openapi_tags"] = [{"name": each, "description": tags[each]} for each in tags]
+        options["contact"] = {"name": "Whoever runs this service"}
+        options["license_info"] = {"name": "MIT", "identifier": "MIT"}
+        super().__init__(servers=[{"url": "/", "x-internal": False}], **options)
 
     def openapi(self) -> dict[str, Any]:
-        tags = [tag["name"] for tag in self.openapi_tags or ()]
-        return self.openapi_schema or complete(super().openapi(), tags)
+        return self.openapi_schema or complete(super().openapi(), self.tags)
 
 
 def errors(*problems: HTTPProblem) -> dict[int | str, dict[str, Any]]:
     """What FastAPI's `responses` takes, with an example of each problem."""
-    schema = {"$ref": "#/components/schemas/Problem"}
-    contents = [{"schema": schema, "example": body_of(each, "7f1d0c5e9b")} for each in problems]
     return {
-        content["example"]["status"]: {
-            "description": content["example"]["title"],
-            "content": {"application/problem+json": content},
+        problem.status_code: {
+            "description": problem.title,
+            "content": {PROBLEM: {**SCHEMA, "example": problem.members("7f1d0c5e9b")}},
         }
-        for content in contents
+        for problem in problems
     }
 
 
@@ -81,12 +78,12 @@ def complete(document: dict[str, Any], tags: list[str]) -> dict[str, Any]:
     document["components"]["headers"] = {
         name: {"description": text, "schema": {"type": "string"}} for name, _, _, text in HEADERS
     }
-    order = []
-    for path, item in document["paths"].items():
+    paths, places = document["paths"], {}
+    for path, item in paths.items():
         for operation in item.values():
             complete_operation(operation)
-        order.append((tags.index(operation["tags"][0]), path, item))
-    document["paths"] = {path: item for _, path, item in sorted(order, key=lambda each: each[:2])}
+            places[path] = (tags.index(operation["tags"][0]), path)
+    document["paths"] = {path: paths[path] for _, path in sorted(places.values())}
     bound(document)
     return document
 
@@ -96,13 +93,13 @@ def complete_operation(operation: dict[str, Any]) -> None:
         content["schema"] = content["schema"].get("anyOf", [content["schema"]])[0]
     parts = {*operation, *[parameter["name"] for parameter in operation.get("parameters", [])]}
     answers = operation["responses"]
-    for status in {status for part in CAUSES.keys() & parts for status in CAUSES[part]}:
-        answer = errors(HTTPProblem(status, phrase(status)))[status]
+    for status in sorted({status for part in CAUSES.keys() & parts for status in CAUSES[part]}):
+        answer = errors(HTTPProblem(status))[status]
         if status < 400:
             del answer["content"]
         answers.setdefault(str(status), answer)
-    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    answers |= {f"{n}XX": {"description": f"Any other {n}XX", "content": problem} for n in (4, 5)}
+    for other in ("4XX", "5XX"):
+        answers[other] = {"description": f"Any other {other}", "content": {PROBLEM: SCHEMA}}
     for status, answer in answers.items():
         answer["headers"] = {
             name: {"$ref": f"#/components/headers/{name}"}
@@ -132,6 +129,6 @@ def bound(part: Any) -> None:
     if isinstance(part, dict):
         kind = part.get("format", part.get("type"))
         part |= KINDS.get(kind, (None, {}))[1] | part if isinstance(kind, str) else {}
-    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    for each in inner:
+        part = list(part.values())
+    for each in part if isinstance(part, list) else ():
         bound(each)

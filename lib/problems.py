@@ -14,18 +14,11 @@ from fastapi.exceptions import RequestValidationError
 from sqlmodel import Field, SQLModel
 from starlette.exceptions import HTTPException
 
-from lib.pipeline import (
-    ForeignKeyViolation,
-    InvalidValue,
-    Unavailable,
-    UnexpectedError,
-    UniqueViolation,
-)
+from lib import pipeline
 from lib.routing import allowed_methods
 
 Respond = Callable[[Request, Exception], Awaitable[Response]]
-REALM = "todo"  # of the challenges
-PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # RFC 9110; Python 3.11 is older
+PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # newer than Python 3.11's
 
 
 class FieldError(SQLModel):
@@ -49,27 +42,38 @@ class Problem(SQLModel):
 
 
 class HTTPProblem(HTTPException):
-    """An HTTPException with a code. `errors` are FieldErrors, `reason` is for the log alone."""
+    """An HTTPException with a code, by default made of the title (RFC 9110 section 15).
+
+    `errors` are FieldErrors, `reason` is for the log alone.
+    """
 
     def __init__(
         self,
         status: int,
-        detail: str,
+        detail: str = "",
         code: str = "",
         headers: Mapping[str, str] | None = None,
         errors: Sequence[Mapping[str, Any]] = (),
         reason: str = "",
     ) -> None:
-        super().__init__(status, detail, headers)
-        self.code, self.errors, self.reason = code, errors, reason
+        self.title = PHRASES.get(status) or HTTPStatus(status).phrase
+        super().__init__(status, detail or self.title, headers)
+        self.code = code or self.title.lower().replace(" ", "_")
+        self.errors, self.reason = errors, reason
+
+    def members(self, request_id: str) -> dict[str, Any]:
+        """The JSON object that a client gets."""
+        body = {"type": "about:blank", "title": self.title, "status": self.status_code}
+        body |= {"detail": self.detail, "code": self.code, "request_id": request_id}
+        return body | ({"errors": list(self.errors)} if self.errors else {})
 
 
 RETRY = {"Retry-After": "2"}
 TRANSLATIONS = {
-    Unavailable: HTTPProblem(503, "The database is not available", "unavailable", RETRY),
-    InvalidValue: HTTPProblem(422, "The database cannot store this value", "invalid_value"),
-    UniqueViolation: HTTPProblem(409, "There is one like this already"),
-    UnexpectedError: HTTPProblem(500, "Internal server error"),
+    pipeline.Unavailable: HTTPProblem(503, "The database is not available", "unavailable", RETRY),
+    pipeline.InvalidValue: HTTPProblem(422, "The database cannot store this", "invalid_value"),
+    pipeline.UniqueViolation: HTTPProblem(409, "There is one like this already"),
+    pipeline.UnexpectedError: HTTPProblem(500, "Internal server error"),
 }
 
 
@@ -77,28 +81,23 @@ class Unauthorized(HTTPProblem):
     """401 with a challenge (RFC 6750 section 3). `description` never holds a value of the token."""
 
     def __init__(
-        self, code: str = "invalid_token", description: str = "", detail: str = ""
+        self,
+        code: str = "invalid_token",
+        description: str = "",
+        detail: str = "Could not validate credentials",
     ) -> None:
-        challenge = f'Bearer realm="{REALM}"'
+        challenge, errors = 'Bearer realm="todo"', []
         if code not in ("not_authenticated", "wrong_credentials"):
             challenge += ', error="invalid_token"'
         if description:
             challenge += f', error_description="{description}"'
-        detail = detail or "Could not validate credentials"
-        super().__init__(401, detail, code, {"WWW-Authenticate": challenge})
-        self.reason = description or code
-        if description:
-            where = ["header", "authorization"]
-            self.errors = [{"loc": where, "msg": description, "type": code}]
-
-
-def phrase(status: int) -> str:
-    """The words for a status (RFC 9110 section 15)."""
-    return PHRASES.get(status) or HTTPStatus(status).phrase
+            errors = [{"loc": ["header", "authorization"], "msg": description, "type": code}]
+        headers = {"WWW-Authenticate": challenge}
+        super().__init__(401, detail, code, headers, errors, reason=description or code)
 
 
 def messages_of(*schemas: type[SQLModel]) -> dict[str, str]:
-    """A sentence for each field: "Title: 1 to 500 characters", of its title and description."""
+    """A sentence for each field, as "Title: 1 to 500 characters"."""
     return {
         name: f"{field.title or name.capitalize()}: {field.description}"
         for schema in schemas
@@ -118,14 +117,14 @@ def responder(
 
     async def respond(request: Request, error: Exception) -> Response:
         scope, state = request.scope, request.scope["state"]
-        missing = isinstance(error, ForeignKeyViolation)
+        missing = isinstance(error, pipeline.ForeignKeyViolation)
         problem = bad_reference if missing else to_problem(error, messages, bad_path)
         problem.__traceback__ = problem.__context__ = None  # a constant would gather them
         state["reason"] = problem.reason or (str(error) if type(error) in TRANSLATIONS else "")
         headers = dict(problem.headers or {})
         if problem.status_code == 405:  # Starlette names the methods of one route
             headers["Allow"] = ", ".join(allowed_methods(scope["app"], scope))
-        body = json.dumps(body_of(problem, state["request_id"]))
+        body = json.dumps(problem.members(state["request_id"]))
         return Response(body, problem.status_code, headers, "application/problem+json")
 
     return respond
@@ -134,15 +133,14 @@ def responder(
 def to_problem(error: Exception, messages: Mapping[str, str], bad_path: HTTPProblem) -> HTTPProblem:
     """The problem that an exception stands for: 500 for those that nobody has foreseen.
 
-    What is against a schema is 422, and what is no JSON is 400. Neither repeats the input, which
-    may not even be encodable.
+    What is against a schema is 422, what is no JSON 400. Neither repeats the input.
     """
     if isinstance(error, HTTPProblem):
         return error
     if isinstance(error, HTTPException):
         return HTTPProblem(error.status_code, str(error.detail), headers=error.headers)
     if not isinstance(error, RequestValidationError):
-        return TRANSLATIONS.get(type(error), TRANSLATIONS[UnexpectedError])
+        return TRANSLATIONS.get(type(error), TRANSLATIONS[pipeline.UnexpectedError])
     errors = []
     for each in error.errors():
         name = str(each["loc"][-1])
@@ -153,12 +151,3 @@ def to_problem(error: Exception, messages: Mapping[str, str], bad_path: HTTPProb
     if any(each["loc"][0] == "path" for each in errors):
         return bad_path
     return HTTPProblem(422, errors[0]["msg"], errors=errors)
-
-
-def body_of(problem: HTTPProblem, request_id: str) -> dict[str, Any]:
-    """The members of a problem. A code that nobody has given is made of the title."""
-    status, title = problem.status_code, phrase(problem.status_code)
-    code = problem.code or title.lower().replace(" ", "_")
-    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
-    body |= {"code": code, "request_id": request_id}
-    return body | ({"errors": list(problem.errors)} if problem.errors else {})
