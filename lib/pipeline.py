@@ -23,7 +23,6 @@ from uuid import UUID
 
 import psycopg
 from opentelemetry import trace
-from psycopg import AsyncConnection
 from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGresult
 from psycopg.waiting import Ready, Wait
@@ -52,8 +51,6 @@ RETRYABLE = {
     "42P05",  # the prepared statement exists already
     "57014",  # cancelled: our cancellation of the statement before it came late
 }
-# After these the connection is closed: since a failover it may lead to a standby.
-SPOILING = {"25006"}
 
 log = logging.getLogger("pipeline")
 tracer = trace.get_tracer("pipeline")
@@ -120,7 +117,7 @@ class Query:
     cancelled: bool = False
 
 
-class Connection(AsyncConnection[Any]):
+class Connection(psycopg.AsyncConnection[Any]):
     """A connection in pipeline mode that knows which statements it has prepared."""
 
     prepared: set[bytes]
@@ -131,13 +128,10 @@ class Connection(AsyncConnection[Any]):
         self.pgconn.enter_pipeline_mode()
 
     def is_closed_by_server(self) -> bool:
-        """Whether the server has said goodbye. It takes 1 us, and a query a round trip.
-
-        The first read finds PostgreSQL's last message, the second the end of the stream behind it.
-        """
+        """Whether the server has said goodbye. It takes 1 us, and a query a round trip."""
         with suppress(psycopg.OperationalError):
-            self.pgconn.consume_input()
-            self.pgconn.consume_input()
+            self.pgconn.consume_input()  # finds PostgreSQL's last message
+            self.pgconn.consume_input()  # finds the end of the stream behind it
         return self.pgconn.status != ConnStatus.OK
 
     def sync(self) -> Steps:
@@ -152,7 +146,7 @@ class Connection(AsyncConnection[Any]):
 class ConnectionPool(AsyncConnectionPool[Connection]):
     """psycopg's pool, which connects, limits and replaces. borrow() gives live connections."""
 
-    starving = 0  # how many wait for a connection that there is none for
+    last_timeout = float("-inf")  # when somebody has last waited in vain for a connection
 
     def __init__(self, conninfo: Any, max_size: int) -> None:
         super().__init__(
@@ -169,7 +163,11 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
 
     async def borrow(self) -> Connection:
         while True:
-            connection = await self.wait_for_connection()
+            try:  # again after half a second: being asked is what makes the pool connect
+                connection = await self.getconn(timeout=0.5)
+            except PoolTimeout:
+                self.last_timeout = monotonic()
+                continue
             if not connection.is_closed_by_server():
                 try:
                     if time() - connection.last_used > MAX_IDLE:
@@ -179,19 +177,6 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
                     await self.drain()
             await connection.close()
             await self.putconn(connection)
-
-    async def wait_for_connection(self) -> Connection:
-        """Asks every half a second: being asked is what makes the pool connect."""
-        try:
-            return await self.getconn(timeout=0.5)
-        except PoolTimeout:
-            self.starving += 1
-        try:
-            while True:
-                with suppress(PoolTimeout):
-                    return await self.getconn(timeout=0.5)
-        finally:
-            self.starving -= 1
 
 
 class PipelinePool:
@@ -240,7 +225,7 @@ class PipelinePool:
         self.scheduled, now, held = False, monotonic(), []
         slow = self.slow_users(now)
         busy = {query.user_id for p in self.pipelines for query in p.sent} if slow else set()
-        usable = [p for p in self.pipelines if p.connected and not (p.closing or p.is_slow)]
+        usable = [p for p in self.pipelines if p.usable and not p.is_slow]
         ready = [p for p in usable if p is answered or not p.sent or now > p.last_sent + BATCHING]
         while self.queue and ready:
             pipeline = min(ready, key=lambda pipeline: len(pipeline.sent))
@@ -298,7 +283,8 @@ class Pipeline:
         self.pool = pool
         self.sent: deque[Query] = deque()
         self.answer: PGresult | None = None  # to the first query sent, until its Sync comes
-        self.connected = self.closing = self.spoiled = self.unflushed = self.is_slow = False
+        self.usable = False  # there is a connection, and it does not have to go back
+        self.spoiled = self.unflushed = self.is_slow = False
         self.since = self.last_sent = self.last_received = 0.0
 
     async def run(self) -> None:
@@ -306,12 +292,11 @@ class Pipeline:
         try:
             self.connection = await connections.borrow()
             try:
-                self.connected, self.since = True, monotonic()
-                await self.drive(self.exchange())
+                await self.drive()
             except Exception as error:
                 await self.abandon(error)
             finally:
-                self.connected, self.connection.last_used = False, time()
+                self.usable, self.connection.last_used = False, time()
                 if self.spoiled or self.sent:
                     await self.connection.close()
                 await connections.putconn(self.connection)
@@ -322,7 +307,7 @@ class Pipeline:
     async def abandon(self, error: Exception) -> None:
         """Settles the queries of a lost connection. What has not run, or only reads, runs again."""
         log.warning("connection lost: %s", type(error).__name__)
-        self.connected, self.spoiled = False, True
+        self.usable, self.spoiled = False, True
         not_run = isinstance(error, psycopg.errors.AdminShutdown)
         for query in self.sent:
             retry = not_run or query.statement.reads_only
@@ -336,82 +321,69 @@ class Pipeline:
         if self.is_slow and self.sent[0].user_id:
             self.pool.slow_until[self.sent[0].user_id] = now + SLOW_MEMORY
 
-    async def drive(self, steps: Steps) -> None:
-        """Takes the steps as the socket gets ready, and one after each SLOW seconds.
+    async def drive(self) -> None:
+        """Takes a step when the socket is ready, and after each SLOW seconds, until the end.
 
         psycopg's wait() would do, but registers the socket anew for each step: that takes 10 us,
         and PostgreSQL sends a page of 30 KB in four.
         """
         loop, self.socket = asyncio.get_running_loop(), self.connection.pgconn.socket
         self.end: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self.socket, self.advance, steps, Ready.R)
+        self.usable, self.since = True, monotonic()
+        loop.add_reader(self.socket, self.step)
+        self.pool.dispatch()
         try:
-            self.advance(steps, None)
             while not self.end.done():
                 await asyncio.wait([self.end], timeout=SLOW)
-                self.advance(steps, Ready.NONE)
+                self.step(ready=False)
             self.end.result()
         finally:
             self.finish(None)  # when drive() is cancelled
 
-    def advance(self, steps: Steps, ready: Any) -> None:
-        loop, wait = asyncio.get_running_loop(), Wait.R
-        try:
-            if not self.end.done():
-                wait = steps.send(ready)
-        except StopIteration:
-            self.finish(None)
-        except Exception as error:
-            self.finish(error)
+    def step(self, ready: bool = True) -> None:
+        """Handles what has come, and sends what waits.
+
+        The end comes after SLOW seconds without a query, or when the connection has to go back.
+        """
         if self.end.done():
             return
-        if wait == Wait.RW:
-            loop.add_writer(self.socket, self.advance, steps, Ready.W)
-        else:
-            loop.remove_writer(self.socket)
+        try:
+            self.connection.pgconn.consume_input()
+            now = monotonic()
+            self.receive(now)
+            starving = now - self.pool.connections.last_timeout < 1
+            if now - self.since > (SLOW if starving else MAX_HOLD):
+                self.usable = False
+            if not self.sent and not (self.usable and ready):
+                self.finish(None)
+            elif not ready:
+                self.look_for_slow(now)
+                self.enforce_timeouts(now - self.last_received)
+        except Exception as error:
+            self.finish(error)
+        self.flush()
+        if self.pool.queue:
+            self.pool.dispatch(answered=self if ready else None)
 
     def finish(self, error: Exception | None) -> None:
         """Ends drive(). libpq may have closed the socket: the next one to open has its number."""
         if self.end.done():
             return
-        self.closing, loop = True, asyncio.get_running_loop()
+        self.usable, loop = False, asyncio.get_running_loop()
         for remove in (loop.remove_writer, loop.remove_reader):
             with suppress(OSError):  # asyncio tells the kernel about a socket that is closed
                 remove(self.socket)
         self.end.set_exception(error) if error else self.end.set_result(None)
-
-    def exchange(self) -> Steps:
-        """Ends after SLOW seconds without a query, or when the connection has to go back."""
-        self.pool.dispatch()
-        while True:
-            ready = yield Wait.RW if self.unflushed else Wait.R
-            self.connection.pgconn.consume_input()
-            now = monotonic()
-            self.receive(now)
-            if now - self.since > (SLOW if self.pool.connections.starving else MAX_HOLD):
-                self.closing = True
-            if not self.sent and (self.closing or not ready):
-                return
-            if not ready:
-                self.look_for_slow(now)
-                self.enforce_timeouts(now - self.last_received)
-            self.flush()
-            if self.pool.queue:
-                self.pool.dispatch(answered=self if ready else None)
 
     def send(self, query: Query) -> None:
         if not self.sent:
             self.last_received = monotonic()
         self.sent.append(query)
         self.unflushed = True
-        name, prepared, pgconn = (
-            query.statement.prepared_name,
-            self.connection.prepared,
-            self.connection.pgconn,
-        )
+        name, pgconn = query.statement.prepared_name, self.connection.pgconn
         try:
-            if name not in prepared:
-                prepared.add(name)
+            if name not in self.connection.prepared:
+                self.connection.prepared.add(name)
                 query.prepares = True
                 pgconn.send_prepare(name, query.statement.text)
             pgconn.send_query_prepared(name, query.values)
@@ -420,40 +392,51 @@ class Pipeline:
             self.finish(error)
 
     def flush(self) -> None:
-        """Gives the kernel what was sent. What does not fit is left to exchange()."""
-        if self.unflushed:
-            self.last_sent = monotonic()
-            try:
-                self.unflushed = bool(self.connection.pgconn.flush())
-            except psycopg.OperationalError as error:
-                self.finish(error)
+        """Gives the kernel what was sent. What does not fit is left to step()."""
+        if not self.unflushed or self.end.done():
+            return
+        self.last_sent, loop = monotonic(), asyncio.get_running_loop()
+        try:
+            self.unflushed = bool(self.connection.pgconn.flush())
+            if self.unflushed:
+                loop.add_writer(self.socket, self.step)
+            else:
+                loop.remove_writer(self.socket)
+        except psycopg.OperationalError as error:
+            self.finish(error)
 
     def receive(self, now: float) -> None:
         """Handles the results that have come. Raises psycopg.Error on a broken connection."""
-        pgconn, separators = self.connection.pgconn, 0
+        pgconn, separated = self.connection.pgconn, False
         while self.sent and not pgconn.is_busy():
             result = pgconn.get_result()
             if result:
-                separators = 0
                 if self.last_received != now:
                     self.look_for_slow(now)
                     self.last_received, self.is_slow = now, False
                 self.handle(result)
-            elif separators:  # one stands between two results; behind two nothing comes
+            elif separated:  # one None stands between two results; behind two nothing comes
                 raise psycopg.OperationalError
-            else:
-                separators = 1
+            separated = not result
 
     def handle(self, result: PGresult) -> None:
-        """Takes a result. Its query is settled when the Sync comes: only then it is committed."""
+        """Settles a query when its Sync comes: only then it is committed.
+
+        Raises AdminShutdown when the server ended the session before it sent rows: they leave
+        PostgreSQL before the commit.
+        """
         if result.status == ExecStatus.PIPELINE_SYNC:
             query, answer, self.answer = self.sent.popleft(), self.answer, None
             self.settle(query, answer)
         elif result.status == ExecStatus.COMMAND_OK:  # prepared, or done without rows
             self.sent[0].prepares = False
         elif result.status != ExecStatus.PIPELINE_ABORTED:
-            if not self.answer:
-                raise_if_lost(result)
+            if result.status == ExecStatus.FATAL_ERROR and not self.answer:
+                sqlstate = field_of(result, DiagnosticField.SQLSTATE)
+                if sqlstate == "57P01":
+                    raise psycopg.errors.AdminShutdown
+                if not sqlstate:  # libpq says it, not PostgreSQL: the connection is broken
+                    raise psycopg.OperationalError
             self.answer = result
 
     def settle(self, query: Query, answer: PGresult | None) -> None:
@@ -471,8 +454,8 @@ class Pipeline:
             self.connection.prepared.discard(statement.prepared_name)
         if sqlstate == "0A000":
             statement.renew()
-        if sqlstate in SPOILING:
-            self.closing = self.spoiled = True
+        if sqlstate == "25006":  # since a failover the connection may lead to a standby
+            self.usable, self.spoiled = False, True
         retry = sqlstate in RETRYABLE and not query.cancelled
         self.pool.reject(query, error_of(statement, sqlstate, answer), retry)
 
@@ -526,20 +509,6 @@ def rows_of(result: PGresult) -> Rows:
 
 def field_of(result: PGresult, field: DiagnosticField) -> str:
     return (result.error_field(field) or b"").decode(errors="replace")
-
-
-def raise_if_lost(result: PGresult) -> None:
-    """Raises AdminShutdown when the server ended the session in place of an answer.
-
-    Rows leave PostgreSQL before the commit, so without rows there was no commit. Raises
-    OperationalError when libpq itself tells of a broken connection.
-    """
-    if result.status == ExecStatus.FATAL_ERROR:
-        sqlstate = field_of(result, DiagnosticField.SQLSTATE)
-        if sqlstate == "57P01":
-            raise psycopg.errors.AdminShutdown
-        if not sqlstate:
-            raise psycopg.OperationalError
 
 
 def error_of(statement: Statement, sqlstate: str, result: PGresult) -> Exception:

@@ -281,19 +281,19 @@ def test_a_socket_that_gets_the_number_of_a_lost_one_is_watched(
 ) -> None:
     received, replaced = asyncio.Event(), list[int]()
     ours, theirs = socket.socketpair()
-    advance = pipeline.Pipeline.advance
+    step = pipeline.Pipeline.step
 
-    def replace(self: pipeline.Pipeline, *step: Any) -> None:
+    def replace(self: pipeline.Pipeline, ready: bool = True) -> None:
         """Opens a socket as soon as libpq has closed the one that was cut."""
         pgconn = self.connection.pgconn
         number = pgconn.socket if pgconn.status == ConnStatus.OK else None
-        advance(self, *step)
+        step(self, ready)
         if number and pgconn.status != ConnStatus.OK and not replaced:
             replaced.append(os.dup2(ours.fileno(), number))
             asyncio.get_running_loop().add_reader(number, received.set)
 
     async def story() -> None:
-        monkeypatch.setattr(pipeline.Pipeline, "advance", replace)
+        monkeypatch.setattr(pipeline.Pipeline, "step", replace)
         call = await started(db.reads, "SELECT 1 FROM pg_sleep(0.5)")
         cut(db.reads)
         assert await call == [(b"1",)]
