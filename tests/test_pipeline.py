@@ -480,18 +480,6 @@ def test_a_statement_has_failed_by_its_deadline(
     play(story)
 
 
-def test_an_answer_that_lies_ready_after_the_deadline_is_given(
-    play: Play, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def story() -> None:
-        call = await started(db.reads, "SELECT 1 FROM pg_sleep(0.3)")
-        time.sleep(1)  # noqa: ASYNC251  # the event loop stands still
-        assert await call == [(b"1",)]
-
-    monkeypatch.setattr(pipeline, "QUERY_TIMEOUT", 0.5)
-    play(story)
-
-
 def test_nothing_is_sent_behind_a_slow_statement(play: Play) -> None:
     async def story() -> None:
         slow = await started(db.reads, "SELECT 1 FROM pg_sleep(0.9)")
