@@ -724,15 +724,16 @@ def test_after_deallocate_all_statements_are_prepared_again(play: Play) -> None:
 def test_answers_that_lay_ready_while_the_process_was_paused_are_given(
     database: str, server: Server, api: Client, task: Task
 ) -> None:
-    with psycopg.connect(database) as other, ThreadPoolExecutor(1) as pool:
+    path = f"/tasks/{task['id']}/toggle"
+    with psycopg.connect(database) as other, ThreadPoolExecutor(6) as pool:
         other.execute("SELECT 1 FROM tasks WHERE id = %s FOR UPDATE", [task["id"]])
-        waiting = pool.submit(api.patch, f"/tasks/{task['id']}/toggle")
+        waiting = [pool.submit(api.patch, path) for _ in range(6)]
         time.sleep(0.3)
         server.process.send_signal(signal.SIGSTOP)
         other.rollback()
         time.sleep(6)
         server.process.send_signal(signal.SIGCONT)
-        assert waiting.result().status_code == 200
+        assert [each.result().status_code for each in waiting] == [200] * 6
 
 
 @parametrize("user", ["a/b", "https://issuer.example/users/1", "a%2Fb", "/"])
