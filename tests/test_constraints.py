@@ -144,6 +144,52 @@ def test_of_many_that_start_together_one_applies_it_and_none_fails(
         assert caplog.messages.count("schema applied") == n + 1
 
 
+TABLES = "('users'::regclass, 'tasks'::regclass)"
+SHAPE = [
+    f"""
+    SELECT
+        attrelid::regclass::text,
+        attname,
+        format_type(atttypid, atttypmod),
+        attnotnull,
+        pg_get_expr(adbin, adrelid)
+    FROM pg_attribute
+    LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+    WHERE attrelid IN {TABLES} AND attnum > 0 AND NOT attisdropped
+    """,
+    f"""
+    SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid), convalidated
+    FROM pg_constraint
+    WHERE conrelid IN {TABLES}
+    """,
+    f"SELECT pg_get_indexdef(indexrelid), indisvalid FROM pg_index WHERE indrelid IN {TABLES}",
+    f"SELECT relname, reloptions::text FROM pg_class WHERE oid IN {TABLES}",
+]
+
+
+def shape(url: str) -> set[tuple[Any, ...]]:
+    """The columns, constraints, indexes and settings of both tables. Columns have no order."""
+    with psycopg.connect(url) as connection:
+        return {row for text in SHAPE for row in connection.execute(text.encode())}
+
+
+def test_a_database_of_an_earlier_release_gets_the_shape_of_a_fresh_one(empty: str) -> None:
+    applied(empty, (HERE / "tests/schema_1_0.sql").read_bytes())
+    earlier = shape(empty)
+    with psycopg.connect(empty) as connection:
+        insert(connection, "users", ACCOUNT | {"id": "u"})
+        insert(connection, "tasks", TASK)
+    applied(empty)
+    changed = shape(empty)
+    with psycopg.connect(empty) as connection:
+        assert connection.execute("SELECT title FROM tasks").fetchone() == ("Buy milk",)
+        connection.execute("DROP TABLE tasks, users")
+    applied(empty)
+    assert changed == shape(empty)
+    assert changed != earlier  # or this has compared nothing
+    assert len(changed) > 20
+
+
 def test_a_schema_that_waits_for_a_lock_gives_others_their_turn(empty: str) -> None:
     applied(empty)
     with psycopg.connect(empty) as other:
