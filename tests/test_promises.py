@@ -19,7 +19,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import psutil
@@ -263,9 +263,9 @@ def next_release(folder: Path, *changes: str) -> None:
     text = schema.read_text()
     assert COLUMN in text
     schema.write_text("\n".join([text.replace(COLUMN, COLUMN + "    due date,\n"), *changes]))
-    code.write_text(
-        code.read_text().replace('"description", "completed"', '"description", "due", "completed"')
-    )
+    shown = '"completed AS is_completed"'
+    assert shown in code.read_text()
+    code.write_text(code.read_text().replace(shown, f'"due", {shown}'))
 
 
 @contextmanager
@@ -329,6 +329,49 @@ def test_the_release_before_writes_on_while_the_next_waits_for_a_lock_and_after_
             other.rollback()
             wait_for_start(process, port, log)
             use_for(1, api, task)
+
+
+@contextmanager
+def in_use(server: Server) -> Iterator[None]:
+    """Four users read and write until the block ends, and no request of theirs may fail."""
+    ended = Event()
+
+    def use() -> None:
+        with client(server) as api:
+            task = "/tasks/" + api.post("/tasks", json=TITLE).raise_for_status().json()["id"]
+            while not ended.is_set():
+                use_for(0.1, api, task)
+                assert api.get("/tasks?limit=2").status_code == 200
+
+    with ThreadPoolExecutor(4) as pool:
+        users = [pool.submit(use) for _ in range(4)]
+        try:
+            yield
+        finally:
+            ended.set()
+    for user in users:
+        user.result()
+
+
+def test_a_release_with_a_new_column_and_the_way_back_fail_no_request(
+    empty: str, tmp_path: Path
+) -> None:
+    next_release(tmp_path / "next", ADD_COLUMN, ADD_INDEX)
+    log = tmp_path / "log"
+    with ExitStack() as first, ExitStack() as second:
+        old = first.enter_context(serving(empty, tmp_path / "old"))
+        first.enter_context(in_use(old))
+        process, port = second.enter_context(starting(tmp_path / "next", empty, log))
+        wait_for_start(process, port, log)
+        new = Server(port, process, log)
+        second.enter_context(in_use(new))
+        time.sleep(1)  # both serve
+        first.close()
+        with serving(empty, tmp_path / "again") as again, in_use(again):
+            time.sleep(1)
+            second.close()
+            time.sleep(1)
+        assert old.failures() == new.failures() == again.failures() == []
 
 
 def test_a_role_with_dml_only_is_enough_where_the_schema_was_applied_by_hand(
