@@ -302,13 +302,14 @@ ADD_COLUMN = "ALTER TABLE tasks ADD COLUMN IF NOT EXISTS due date;"
 ADD_INDEX = "CREATE INDEX IF NOT EXISTS tasks_due ON tasks (user_id, due);"
 
 
-def use_for(seconds: float, api: Client, task: str) -> None:
-    """Reads and writes, and accepts no failure."""
+def use_for(seconds: float, api: Client, task: str) -> bool:
+    """Reads and writes, and accepts no failure. Gives False."""
     stop = time.monotonic() + seconds
     while time.monotonic() < stop:
         assert api.post("/tasks", json=TITLE).status_code == 201
         assert api.patch(task, json=TITLE).status_code == 200
         assert api.get(task).status_code == 200
+    return False
 
 
 def test_the_release_before_writes_on_while_the_next_waits_for_a_lock_and_after_it(
@@ -324,8 +325,8 @@ def test_the_release_before_writes_on_while_the_next_waits_for_a_lock_and_after_
         task = "/tasks/" + api.post("/tasks", json=TITLE).json()["id"]
         other.execute("LOCK TABLE tasks IN ROW EXCLUSIVE MODE")  # as a long transaction does
         with starting(tmp_path / "next", empty, log) as (process, port):
-            use_for(7, api, task)
-            assert "waits for a lock" in log.read_text()
+            wait_until(lambda: use_for(0.2, api, task) or "waits for a lock" in log.read_text())
+            use_for(4, api, task)
             other.rollback()
             wait_for_start(process, port, log)
             use_for(1, api, task)
