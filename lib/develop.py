@@ -58,12 +58,12 @@ def listen(port: str) -> socket.socket:
     try:
         return socket.create_server(("127.0.0.1", int(port)))
     except (OSError, OverflowError, ValueError) as error:
-        sys.exit(f"PORT {port}: {error}. Stop what uses it, or set another")
+        sys.exit(f"PORT {port}: {str(error).rstrip('.')}. Set another, or stop what uses it")
 
 
 def tied(end: str, *command: str, **more: Any) -> Any:
     """Starts a program that gets the signal `end` when this process ends, even by kill -9."""
-    shell = 'exec 9<&0; "$@" & p=$!; { read _ <&9; kill -$0 $p 2>&-; } & wait $p'
+    shell = 'exec 9<&0; "$@" & p=$!; { read _ <&9; kill -$0 $p 2>&-; } & wait $p 2>&-'
     program = ["/bin/sh", "-c", shell, end, *command]
     return Popen(program, stdin=PIPE, start_new_session=True, **more)
 

@@ -166,6 +166,7 @@ def test_each_signal_stops_the_service_and_its_postgresql(folder: Path, number: 
     run = Run(folder).ready()
     assert children(folder)
     assert run.stop(number) == 0
+    assert "Finished server process" in run.printed.splitlines()[-1]
     assert "Traceback" not in run.printed
     assert not children(folder, "")
     assert run.get("/health") is None
@@ -229,7 +230,9 @@ def test_a_port_in_use_is_named_in_one_line_before_anything_starts(folder: Path)
 
 @pytest.mark.parametrize("port", ["http", "65536", "-1"])
 def test_a_port_that_is_none_is_named_in_one_line(folder: Path, port: str) -> None:
-    assert f"PORT {port}: " in Run(folder, PORT=port).line()
+    line = Run(folder, PORT=port).line()
+    assert line.startswith(f"PORT {port}: ")
+    assert ".. " not in line
     assert not (folder / ".data").exists()
 
 
