@@ -1,5 +1,6 @@
 """What `python main.py` promises a developer, whatever state the last run left behind."""
 
+import json
 import os
 import pwd
 import re
@@ -21,6 +22,7 @@ import psutil
 import pytest
 
 HERE = Path(__file__).resolve().parent.parent
+README = (HERE / "README.md").read_text()
 SETTINGS = re.findall(r"^(\w+)=", (HERE / ".env.example").read_text(), re.M)
 
 
@@ -170,6 +172,17 @@ def test_each_signal_stops_the_service_and_its_postgresql(folder: Path, number: 
     assert "Traceback" not in run.printed
     assert not children(folder, "")
     assert run.get("/health") is None
+
+
+def test_the_requests_that_readme_shows_work_one_after_the_other(folder: Path) -> None:
+    shown, placeholder = re.findall(r"^\$ (curl .*\n .*)$", README, re.M), "eyJhbGciOi…"
+    token, answer = "", {}
+    with running(folder) as run:
+        for command in shown:
+            given = command.replace("8000", str(run.port)).replace(placeholder, token)
+            answer = json.loads(subprocess.check_output(["/bin/sh", "-c", given]))
+            token = answer.get("access_token", token)
+    assert (len(shown), answer["title"]) == (2, "Buy milk")
 
 
 def test_data_and_tokens_outlive_a_restart(folder: Path) -> None:
