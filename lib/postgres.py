@@ -64,21 +64,24 @@ async def prepare_database(
     Waits up to STARTUP_TIMEOUT for the database and for locks. Raises NotReady.
     """
     give_up, text = monotonic() + STARTUP_TIMEOUT, schema.read_bytes()  # noqa: ASYNC240
+    logged = ""
     while True:
         try:
             await apply_schema(conninfo, text, table)
             return await check_statements(conninfo, statements)
         except errors.LockNotAvailable:
-            log.warning("the schema waits for a lock on a table; trying again")
-            error = "no lock on a table of the schema"
+            error = "the schema waits for a lock on a table"
         except psycopg.OperationalError as failure:
-            error = str(failure).strip().splitlines()[-1]
+            lines = [line for line in str(failure).splitlines() if line[:1].strip()]  # no hints
+            error = f"DATABASE_URL does not work: {lines[-1]}"
             if HOPELESS.search(error):
-                raise NotReady(f"DATABASE_URL does not work: {error}") from None
+                raise NotReady(error) from None
         except psycopg.Error as failure:
             raise NotReady(f"the schema is not valid: {failure.diag.message_primary}") from None
         if monotonic() > give_up:
             raise NotReady(f"no database after {STARTUP_TIMEOUT:.0f} seconds: {error}")
+        if error != logged:
+            log.warning("%s; trying again", logged := error)
         await asyncio.sleep(0.5)
 
 

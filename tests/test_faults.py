@@ -268,9 +268,14 @@ def test_a_database_absent_at_the_start_is_one_clear_line_and_exit_1(tmp_path: P
         )
     assert process.wait(120) == 1
     assert 30 < time.monotonic() - started < 45
-    last = json.loads(log.read_text().splitlines()[-1])
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    [warning] = [line["message"] for line in lines if line["level"] == "WARNING"]
+    last = lines[-1]
     assert last["level"] == "CRITICAL"
     assert last["message"].startswith("no database after 30 seconds")
+    for message in (warning, last["message"]):
+        assert "DATABASE_URL does not work: connection failed" in message
+        assert "Connection refused" in message
     assert "Traceback" not in log.read_text()
     assert "hunter2" not in log.read_text()
 
