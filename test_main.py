@@ -1249,16 +1249,6 @@ def test_no_test_of_this_file_is_over_15_lines() -> None:
     assert [name for name, count in lines.items() if name[:5] == "test_" and count > 15] == []
 
 
-def test_the_front_is_read_in_one_sitting() -> None:
-    assert len(text_of(*FRONT).splitlines()) <= 1_000
-    assert len(text_of(*FRONT).encode()) <= 42_000
-
-
-def test_the_library_does_not_grow() -> None:
-    assert len(text_of(*LIBRARY).splitlines()) <= 2_070
-    assert len(text_of(*FRONT, *LIBRARY).encode()) <= 131_000
-
-
 def test_the_first_statement_of_db_stands_by_line_60() -> None:
     assert min(statements("db.py")) <= 60
 
