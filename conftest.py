@@ -353,7 +353,7 @@ def jwt_by_hand(header: Any, claims: Any, secret: bytes = SECRET.encode()) -> st
 
 
 class Issuer:
-    """An issuer on loopback with a key for each algorithm. Its endpoint can be slow or empty."""
+    """An issuer on loopback with a key for each algorithm. It can be slow, or keep them back."""
 
     def __init__(self) -> None:
         self.requests, self.failing, self.delay = 0, False, 0.0
@@ -365,7 +365,7 @@ class Issuer:
             def do_GET(self) -> None:
                 issuer.requests += 1
                 time.sleep(issuer.delay)
-                keys = [] if issuer.failing else issuer.public()
+                keys = issuer.public()[-2:] if issuer.failing else issuer.public()
                 body = json.dumps({"keys": keys}).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
