@@ -14,7 +14,7 @@ import hashlib
 import logging
 import re
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from time import monotonic, time
@@ -23,9 +23,9 @@ from uuid import UUID
 
 import psycopg
 from opentelemetry import trace
-from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
+from psycopg.generators import fetch
+from psycopg.pq import DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGresult
-from psycopg.waiting import Ready, Wait
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from lib.rows import Column, columns_of
@@ -57,7 +57,6 @@ tracer = trace.get_tracer("pipeline")
 
 Value = str | bool | int | UUID | list[int] | None
 Rows = list[tuple[Any, ...]]  # each column as bytes in PostgreSQL's text format, or None
-Steps = Generator[Wait, Ready | int, None]  # what psycopg's wait() drives
 
 
 class Unavailable(Exception):
@@ -127,26 +126,21 @@ class Connection(psycopg.AsyncConnection[Any]):
         self.prepared, self.last_used = set(), time()
         self.pgconn.enter_pipeline_mode()
 
-    def is_closed_by_server(self) -> bool:
-        """Whether the server has said goodbye. It takes 1 us, and a query a round trip."""
-        with suppress(psycopg.OperationalError):
-            self.pgconn.consume_input()  # finds PostgreSQL's last message
-            self.pgconn.consume_input()  # finds the end of the stream behind it
-        return self.pgconn.status != ConnStatus.OK
+    async def check(self) -> None:
+        """Raises psycopg.Error when the server has gone.
 
-    def sync(self) -> Steps:
-        """Ends when the server has answered a Sync."""
-        self.pgconn.pipeline_sync()
-        self.pgconn.flush()
-        while self.pgconn.is_busy() or not self.pgconn.get_result():
-            yield Wait.R
-            self.pgconn.consume_input()
+        Only a connection that rested is asked: that takes a round trip, and reading 1 us.
+        """
+        self.pgconn.consume_input()  # finds PostgreSQL's last message
+        self.pgconn.consume_input()  # finds the end of the stream behind it
+        if time() - self.last_used > MAX_IDLE:
+            self.pgconn.pipeline_sync()
+            self.pgconn.flush()
+            await self.wait(fetch(self.pgconn), timeout=1)
 
 
 class ConnectionPool(AsyncConnectionPool[Connection]):
     """psycopg's pool, which connects, limits and replaces. borrow() gives live connections."""
-
-    last_timeout = float("-inf")  # when somebody has last waited in vain for a connection
 
     def __init__(self, conninfo: Any, max_size: int) -> None:
         super().__init__(
@@ -166,17 +160,14 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
             try:  # again after half a second: being asked is what makes the pool connect
                 connection = await self.getconn(timeout=0.5)
             except PoolTimeout:
-                self.last_timeout = monotonic()
                 continue
-            if not connection.is_closed_by_server():
-                try:
-                    if time() - connection.last_used > MAX_IDLE:
-                        await connection.wait(connection.sync(), timeout=1)
-                    return connection
-                except psycopg.Error:  # the peer has gone, and for the other idle ones as well
-                    await self.drain()
-            await connection.close()
-            await self.putconn(connection)
+            try:
+                await connection.check()
+                return connection
+            except psycopg.Error:  # for the other idle ones the server may have gone as well
+                await connection.close()
+                await self.putconn(connection)
+                await self.drain()
 
 
 class PipelinePool:
@@ -223,16 +214,16 @@ class PipelinePool:
         Of a user with a slow query, one is under way at a time: the others stay in the queue.
         """
         self.scheduled, now, held = False, monotonic(), []
-        slow = self.slow_users(now)
+        slow = self.slow_until = {user: t for user, t in self.slow_until.items() if t > now}
         busy = {query.user_id for p in self.pipelines for query in p.sent} if slow else set()
-        usable = [p for p in self.pipelines if p.usable and not p.is_slow]
+        usable = [p for p in self.pipelines if p.usable and p.silence(now) < SLOW]
         ready = [p for p in usable if p is answered or not p.sent or now > p.last_sent + BATCHING]
         while self.queue and ready:
             pipeline = min(ready, key=lambda pipeline: len(pipeline.sent))
             if len(pipeline.sent) >= self.max_pipeline:
                 break
             query = self.queue.popleft()
-            if query.user_id in slow & busy:
+            if query.user_id in slow and query.user_id in busy:
                 held.append(query)
             elif not query.result.done():
                 pipeline.send(query)
@@ -251,17 +242,14 @@ class PipelinePool:
         self.timer = None
         self.dispatch()
 
-    def slow_users(self, now: float) -> set[str]:
-        if self.slow_until:
-            self.slow_until = {user: t for user, t in self.slow_until.items() if t > now}
-        return set(self.slow_until)
-
     def reject(self, query: Query, error: Exception, retry: bool) -> None:
         """Queues a query again where that is safe, or gives it its error."""
-        if retry and query.attempts < MAX_ATTEMPTS and not query.result.done():
+        if query.result.done():
+            return
+        if retry and query.attempts < MAX_ATTEMPTS:
             query.attempts += 1
             self.put(query)
-        elif not query.result.done():
+        else:
             query.result.set_exception(error)
 
     def seconds_since_answer(self) -> float:
@@ -284,7 +272,7 @@ class Pipeline:
         self.sent: deque[Query] = deque()
         self.answer: PGresult | None = None  # to the first query sent, until its Sync comes
         self.usable = False  # there is a connection, and it does not have to go back
-        self.spoiled = self.unflushed = self.is_slow = False
+        self.spoiled = self.unflushed = False
         self.since = self.last_sent = self.last_received = 0.0
 
     async def run(self) -> None:
@@ -314,12 +302,6 @@ class Pipeline:
             self.pool.reject(query, Unavailable("connection lost"), retry)
         if not not_run:  # what happened to this connection may have happened to all
             await self.pool.connections.drain()
-
-    def look_for_slow(self, now: float) -> None:
-        """Remembers the user whose query has taken long."""
-        self.is_slow = now - self.last_received > SLOW
-        if self.is_slow and self.sent[0].user_id:
-            self.pool.slow_until[self.sent[0].user_id] = now + SLOW_MEMORY
 
     async def drive(self) -> None:
         """Takes a step when the socket is ready, and after each SLOW seconds, until the end.
@@ -351,14 +333,10 @@ class Pipeline:
             self.connection.pgconn.consume_input()
             now = monotonic()
             self.receive(now)
-            starving = now - self.pool.connections.last_timeout < 1
-            if now - self.since > (SLOW if starving else MAX_HOLD):
-                self.usable = False
+            if not ready:
+                self.enforce_timeouts(now)
             if not self.sent and not (self.usable and ready):
                 self.finish(None)
-            elif not ready:
-                self.look_for_slow(now)
-                self.enforce_timeouts(now - self.last_received)
         except Exception as error:
             self.finish(error)
         self.flush()
@@ -411,9 +389,7 @@ class Pipeline:
         while self.sent and not pgconn.is_busy():
             result = pgconn.get_result()
             if result:
-                if self.last_received != now:
-                    self.look_for_slow(now)
-                    self.last_received, self.is_slow = now, False
+                self.last_received = now
                 self.handle(result)
             elif separated:  # one None stands between two results; behind two nothing comes
                 raise psycopg.OperationalError
@@ -459,14 +435,26 @@ class Pipeline:
         retry = sqlstate in RETRYABLE and not query.cancelled
         self.pool.reject(query, error_of(statement, sqlstate, answer), retry)
 
-    def enforce_timeouts(self, silence: float) -> None:
-        """Cancels a statement that nobody waits for, or that others wait behind.
+    def silence(self, now: float) -> float:
+        """Seconds that the first query sent has waited for its answer."""
+        return now - self.last_received if self.sent else 0.0
 
-        Raises TimeoutError when the connection stays silent after that.
+    def enforce_timeouts(self, now: float) -> None:
+        """Remembers whose query is slow, and cancels one that nobody waits for, or others behind.
+
+        A connection that others wait for is given back, and after MAX_HOLD in any case. Raises
+        TimeoutError for one that stays silent.
         """
+        silence, connections = self.silence(now), self.pool.connections
+        if now - self.since > MAX_HOLD or connections.get_stats()["requests_waiting"]:
+            self.usable = False
+        if silence < SLOW:
+            return
         if silence > QUERY_TIMEOUT + 3 * SLOW:
             raise TimeoutError
         query = self.sent[0]
+        if query.user_id:
+            self.pool.slow_until[query.user_id] = now + SLOW_MEMORY
         holds_up = silence > STATEMENT_TIMEOUT and (len(self.sent) > 1 or self.pool.queue)
         if (holds_up or query.result.done()) and not query.cancelled:
             query.cancelled = True
