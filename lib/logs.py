@@ -1,10 +1,9 @@
 """Logs: a line of JSON on standard output for each record.
 
-logs.configure()                                   # logging's own records
-logs.write("INFO", '"message": "request", …')      # by hand, where each request pays for it
+logs.configure()                              # logging's own records
+logs.write("INFO", {"message": "request"})    # without logging, which takes 8 us more
 """
 
-import json
 import logging
 import os
 import traceback
@@ -13,12 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
 
-def write(level: str, fields: str) -> None:
-    """Writes a line; `fields` is JSON without its braces. A full disk is no request's fault."""
+
+def write(level: str, fields: dict[str, Any]) -> None:
+    """Writes a line. A full disk is no request's fault, nor is text that is no Unicode."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    with suppress(OSError):
-        os.write(1, f'{{"time": "{now}", "level": "{level}", {fields}}}\n'.encode())
+    with suppress(OSError, ValueError):
+        os.write(1, to_json({"time": now, "level": level, **fields}) + b"\n")
 
 
 class JsonHandler(logging.Handler):
@@ -30,7 +31,7 @@ class JsonHandler(logging.Handler):
             frames = traceback.extract_tb(record.exc_info[2])
             fields["exception"] = type(record.exc_info[1]).__name__
             fields["trace"] = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
-        write(record.levelname, json.dumps(fields)[1:-1])
+        write(record.levelname, fields)
 
 
 def configure() -> None:

@@ -13,7 +13,6 @@ RequestLog comes first: it reads the headers once, and the others find them in t
 """
 
 import asyncio
-import json
 import random
 import re
 from collections import deque
@@ -72,17 +71,19 @@ class RequestLog:
 
 
 def log_request(method: str, scope: Scope, seconds: float) -> None:
-    """By hand, in 4 us. Only a user id needs escaping."""
     state, route = scope["state"], scope.get("route")
-    status = state.get("status", 499)  # 499: the client left before there was one
-    path = f'"{route.path}"' if route else "null"
-    reason = f', "reason": {json.dumps(state["reason"])}' if state["reason"] else ""
-    logs.write(
-        "INFO",
-        f'"message": "request", "request_id": "{state["request_id"]}", "method": "{method}", '
-        f'"route": {path}, "status": {status}, "duration_ms": {seconds * 1000:.2f}, '
-        f'"user_id": {json.dumps(state["user_id"])}{reason}',
-    )
+    fields = {
+        "message": "request",
+        "request_id": state["request_id"],
+        "method": method,
+        "route": route.path if route else None,
+        "status": state.get("status", 499),  # 499: the client left before there was one
+        "duration_ms": round(seconds * 1000, 2),
+        "user_id": state["user_id"],
+    }
+    if state["reason"]:
+        fields["reason"] = state["reason"]
+    logs.write("INFO", fields)
 
 
 def cors(origins: str, setting: str) -> list[Middleware]:

@@ -240,7 +240,9 @@ def test_a_log_that_cannot_be_written_is_no_requests_fault(
         raise BrokenPipeError
 
     monkeypatch.setattr(os, "write", write)
-    logs.write("INFO", '"message": "x"')
+    logs.write("INFO", {"message": "x"})
+    monkeypatch.undo()
+    logs.write("INFO", {"message": "\ud800"})
 
 
 def test_an_exceptions_text_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
