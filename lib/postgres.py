@@ -26,6 +26,7 @@ LOCK_TIMEOUT = "2s"  # for each lock of the schema: an ALTER that waits stops al
 HOPELESS = re.compile(
     r"password authentication failed|does not exist|no pg_hba\.conf entry|could not translate host"
     r"|[Nn]ame or service not known|invalid .*(port|sslmode)|does not support SSL|not permitted"
+    r"|no such database"  # PgBouncer's
 )
 OF_PRISMA = re.compile(r"(?<=[?&])(pgbouncer|connection_limit|pool_timeout|schema)=[^&]*&?")
 

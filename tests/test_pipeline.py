@@ -638,6 +638,17 @@ def test_a_pooler_that_mixes_up_prepared_statements_is_refused_with_one_line(
     assert (ended.returncode, "Traceback" in ended.stderr) == (1, False)
 
 
+@needs_pgbouncer
+def test_a_database_that_the_pooler_does_not_know_stops_the_start_at_once(
+    database: str, tmp_path: Path
+) -> None:
+    with pgbouncer(database, tmp_path, tracks=0) as url:
+        ended = start(url.replace("/todo_test", "/nowhere"))
+    *_, last = (ended.stdout + ended.stderr).splitlines()
+    assert '"DATABASE_URL does not work: ' in last
+    assert "no such database: nowhere" in last
+
+
 @pytest.fixture
 def pooled(database: str, tmp_path: Path) -> Iterator[Server]:
     """A service that reaches its database through PgBouncer."""
