@@ -93,7 +93,7 @@ def cors(origins: str, setting: str) -> list[Middleware]:
     """
     allowed = [origin.strip() for origin in origins.split(",") if origin.strip()]
     if not all(re.fullmatch(r"\*|https?://[\w.:\[\]-]+", origin) for origin in allowed):
-        raise SystemExit(f"{setting} has an origin that is not like https://app.example.com")
+        raise SystemExit(f"{setting} takes origins like https://app.example.com, no / at the end")
     options: Any = {"allow_origins": allowed, "allow_methods": METHODS, "allow_headers": ["*"]}
     options |= {"allow_credentials": True, "expose_headers": EXPOSED}
     return [Middleware(CORSMiddleware, **options)] if allowed else []

@@ -97,11 +97,12 @@ class Unauthorized(HTTPProblem):
 
 
 def messages_of(*schemas: type[SQLModel]) -> dict[str, str]:
-    """A sentence for each field, as "Title: 1 to 500 characters"."""
+    """A sentence for each field that is described, as "Title: 1 to 500 characters"."""
     return {
         name: f"{field.title or name.capitalize()}: {field.description}"
         for schema in schemas
         for name, field in schema.model_fields.items()
+        if field.description
     }
 
 

@@ -15,8 +15,8 @@ PAGE = """<!doctype html>
 <title>NAME</title>
 <style>
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 42rem; margin: 3rem auto; padding: 0 1rem }
-pre { background: #8881; border-radius: .4rem; padding: 1rem; overflow-x: auto }
-:root { color-scheme: light dark }
+pre { background: #8881; border-radius: .4rem; padding: 1rem; white-space: pre-wrap }
+:root { color-scheme: light dark; overflow-wrap: anywhere }
 </style>
 <h1>NAME</h1>
 <p>It runs, in version VERSION. <a href="DOCS">Its documentation</a> has every request, and a form
