@@ -1,7 +1,6 @@
 """What a process does as it starts.
 
-async with startup.exits_in_one_line():
-    await connect()    # may raise NotReady
+app = FastAPI(lifespan=startup.lifespan(connect, close))  # connect() may raise NotReady
 """
 
 import gc
@@ -21,36 +20,28 @@ from lib.postgres import NotReady
 log = logging.getLogger("startup")
 
 
-@asynccontextmanager
-async def exits_in_one_line() -> AsyncIterator[None]:
-    """Ends the process at once on a signal, and with code 1 and one line on NotReady.
-
-    uvicorn's own handlers wait for a start to end, and an exception comes out as a traceback. What
-    was made by then stays: not walking through it again saves a tenth of each request.
-    """
-    signals = (signal.SIGINT, signal.SIGTERM)
-    servers: dict[Any, Any] = {
-        each: signal.signal(each, lambda *_: os._exit(0)) for each in signals
-    }
-    try:
-        yield
-    except NotReady as error:
-        log.critical("%s", error)
-        os._exit(1)
-    for each, handler in servers.items():
-        signal.signal(each, handler)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
-
-
 def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]]) -> Any:
-    """A lifespan for FastAPI that starts and stops a service."""
+    """A lifespan for FastAPI that starts and stops a service.
+
+    A signal ends the start at once, and NotReady with code 1 and one line: uvicorn's own handlers
+    wait for a start to end, and an exception comes out as a traceback.
+    """
 
     @asynccontextmanager
     async def run(_: FastAPI) -> AsyncIterator[None]:
-        async with exits_in_one_line():
+        signals = (signal.SIGINT, signal.SIGTERM)
+        servers: Any = {each: signal.signal(each, lambda *_: os._exit(0)) for each in signals}
+        try:
             await start()
+        except NotReady as error:
+            log.critical("%s", error)
+            os._exit(1)
+        for each, handler in servers.items():
+            signal.signal(each, handler)
+        # What was made by now stays: not to walk through it again saves a tenth of each request.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
         yield
         await stop()
 
