@@ -45,12 +45,14 @@ MAX_QUEUE = 2000  # queries that may wait for a connection; a request weighs som
 RETRYABLE = {
     "0A000",  # a table's columns changed under a prepared statement
     "25006",  # read-only transaction
-    "26000",  # the prepared statement does not exist: DEALLOCATE ALL
+    "26000",  # the prepared statement does not exist: DEALLOCATE ALL, or it was refused before
     "40001",  # serialization failure
     "40P01",  # deadlock
     "42P05",  # the prepared statement exists already
     "57014",  # cancelled: our cancellation of the statement before it came late
 }
+# Prepared, or done without rows; not run, after the error of the Parse before it.
+NO_ANSWER = {ExecStatus.COMMAND_OK, ExecStatus.PIPELINE_ABORTED}
 
 log = logging.getLogger("pipeline")
 tracer = trace.get_tracer("pipeline")
@@ -112,7 +114,6 @@ class Query:
     user_id: str
     result: asyncio.Future[Rows]
     attempts: int = 1
-    prepares: bool = False  # a Parse was sent with it, and PostgreSQL has not confirmed it
     cancelled: bool = False
 
 
@@ -284,7 +285,7 @@ class Pipeline:
             except Exception as error:
                 await self.abandon(error)
             finally:
-                self.usable, self.connection.last_used = False, time()
+                self.connection.last_used = time()
                 if self.spoiled or self.sent:
                     await self.connection.close()
                 await connections.putconn(self.connection)
@@ -295,7 +296,7 @@ class Pipeline:
     async def abandon(self, error: Exception) -> None:
         """Settles the queries of a lost connection. What has not run, or only reads, runs again."""
         log.warning("connection lost: %s", type(error).__name__)
-        self.usable, self.spoiled = False, True
+        self.spoiled = True
         not_run = isinstance(error, psycopg.errors.AdminShutdown)
         for query in self.sent:
             retry = not_run or query.statement.reads_only
@@ -313,8 +314,8 @@ class Pipeline:
         self.end: asyncio.Future[None] = loop.create_future()
         self.usable, self.since = True, monotonic()
         loop.add_reader(self.socket, self.step)
-        self.pool.dispatch()
         try:
+            self.pool.dispatch()
             while not self.end.done():
                 await asyncio.wait([self.end], timeout=SLOW)
                 self.step(ready=False)
@@ -362,7 +363,6 @@ class Pipeline:
         try:
             if name not in self.connection.prepared:
                 self.connection.prepared.add(name)
-                query.prepares = True
                 pgconn.send_prepare(name, query.statement.text)
             pgconn.send_query_prepared(name, query.values)
             pgconn.pipeline_sync()  # without it, all that is under way were one transaction
@@ -404,9 +404,7 @@ class Pipeline:
         if result.status == ExecStatus.PIPELINE_SYNC:
             query, answer, self.answer = self.sent.popleft(), self.answer, None
             self.settle(query, answer)
-        elif result.status == ExecStatus.COMMAND_OK:  # prepared, or done without rows
-            self.sent[0].prepares = False
-        elif result.status != ExecStatus.PIPELINE_ABORTED:
+        elif result.status not in NO_ANSWER:
             if result.status == ExecStatus.FATAL_ERROR and not self.answer:
                 sqlstate = field_of(result, DiagnosticField.SQLSTATE)
                 if sqlstate == "57P01":
@@ -426,7 +424,7 @@ class Pipeline:
                 query.result.set_result(rows_of(answer) if answer else [])
             return
         sqlstate = field_of(answer, DiagnosticField.SQLSTATE)
-        if sqlstate == "26000" or (query.prepares and sqlstate != "42P05"):
+        if sqlstate == "26000":
             self.connection.prepared.discard(statement.prepared_name)
         if sqlstate == "0A000":
             statement.renew()

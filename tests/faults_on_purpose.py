@@ -79,7 +79,7 @@ FAULTS = [
     Fault("standby-kept", PIPELINE, 'if sqlstate == "25006":', "if False:", IN_PIPELINE + "test_a_session_that_was_changed"),
     Fault("stale-plan-kept", PIPELINE, "            statement.renew()", "            pass", IN_PIPELINE + "test_a_column_may_change_its_type"),
     Fault("stale-columns-kept", PIPELINE, "self.columns: list[Column] = []", "self.columns: list[Column] = getattr(self, 'columns', [])", IN_PIPELINE + "test_a_column_may_change_its_type"),
-    Fault("deallocated-kept", PIPELINE, 'sqlstate == "26000" or ', "", IN_PIPELINE + "test_a_session_that_was_changed"),
+    Fault("deallocated-kept", PIPELINE, 'if sqlstate == "26000":', "if False:", IN_PIPELINE + "test_a_session_that_was_changed"),
     # What is sent together.
     Fault("syncs-left-out", PIPELINE, "            pgconn.pipeline_sync()  #", "            pass  #", IN_PIPELINE + "test_null_is_none"),
     Fault("answers-shifted", PIPELINE, "self.sent.popleft(), self.answer", "(self.sent.rotate(-1), self.sent.popleft())[1], self.answer", IN_PIPELINE + "test_of_thousands"),
