@@ -5,13 +5,12 @@ key = await keys.find(kid="2026-11", alg="EdDSA")
 """
 
 import asyncio
-import json
 import logging
 import urllib.request
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 
+import anyio.to_thread
 import jwt
 
 LIFETIME = 600  # seconds until keys are fetched anew, while requests use the old ones
@@ -51,12 +50,11 @@ class KeySet:
         return key.algorithm_name in self.algorithms and key.public_key_use in (None, "sig")
 
     async def fetch(self) -> None:
-        """The thread is new each time: one that an issuer holds up cannot delay the next fetch."""
+        """In a thread that is left alone after TIMEOUT: an issuer cannot hold up the next fetch."""
         try:
-            thread, loop = ThreadPoolExecutor(1), asyncio.get_running_loop()
             async with asyncio.timeout(TIMEOUT):
-                document = json.loads(await loop.run_in_executor(thread, self.download))
-            keys = [key for key in jwt.PyJWKSet.from_dict(document) if self.is_usable(key)]
+                body = await anyio.to_thread.run_sync(self.download, abandon_on_cancel=True)
+            keys = [key for key in jwt.PyJWKSet.from_json(body.decode()) if self.is_usable(key)]
             self.keys, self.fetched = keys or self.keys, monotonic()  # an empty set is a mishap
         except Exception as error:
             log.warning("JWKS not fetched: %s", type(error).__name__)
