@@ -194,7 +194,8 @@ class PipelinePool:
             raise Unavailable("the queue is full")
         loop = asyncio.get_running_loop()
         query = Query(statement, encoded, user_id, loop.create_future())
-        timeout = loop.call_later(QUERY_TIMEOUT, expire, query, monotonic() + QUERY_TIMEOUT)
+        # In two steps: if the loop stood still, an answer may wait.
+        timeout = loop.call_later(QUERY_TIMEOUT, loop.call_later, SLOW, expire, query)
         self.put(query)
         try:
             with span_of(statement):
@@ -405,12 +406,8 @@ class Pipeline:
             query, answer, self.answer = self.sent.popleft(), self.answer, None
             self.settle(query, answer)
         elif result.status not in NO_ANSWER:
-            if result.status == ExecStatus.FATAL_ERROR and not self.answer:
-                sqlstate = field_of(result, DiagnosticField.SQLSTATE)
-                if sqlstate == "57P01":
-                    raise psycopg.errors.AdminShutdown
-                if not sqlstate:  # libpq says it, not PostgreSQL: the connection is broken
-                    raise psycopg.OperationalError
+            if not self.answer and field_of(result, DiagnosticField.SQLSTATE) == "57P01":
+                raise psycopg.errors.AdminShutdown
             self.answer = result
 
     def settle(self, query: Query, answer: PGresult | None) -> None:
@@ -469,11 +466,8 @@ def span_of(statement: Statement) -> Any:
     return tracer.start_as_current_span(statement.name, kind=kind, attributes=attributes)
 
 
-def expire(query: Query, deadline: float) -> None:
-    """Fails a query at its deadline, or a bit later if the loop stood still: an answer may wait."""
-    if monotonic() > deadline + SLOW:
-        asyncio.get_running_loop().call_later(SLOW, expire, query, float("inf"))
-    elif not query.result.done():
+def expire(query: Query) -> None:
+    if not query.result.done():
         query.result.set_exception(Unavailable("no answer in time"))
 
 
