@@ -1,8 +1,8 @@
 """Speaks SQL: each statement of the service, above the function that runs it.
 
 A task comes back as JSON that goes to the client as it is. "No row" is None. Each function may
-raise Unavailable (503), a write InvalidValue (422) too. A Statement that begins with SELECT reads.
-Its first answer tells its columns. Rows hold PostgreSQL's text as bytes.
+raise Unavailable (503); one that writes may raise InvalidValue (422) too. A Statement that begins
+with SELECT reads. It knows its columns from its first answer. Rows hold bytes.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from lib.pipeline import ConnectionPool, ForeignKeyViolation, PipelinePool, Rows
 from lib.postgres import connection_string, prepare_database
 from lib.rows import cut_array, to_json
 
-# What a client may write of a task, and what an answer shows (id first). A new field is WRITABLE.
+# What a client may write, and what an answer shows (id first). A new field goes into WRITABLE.
 WRITABLE = ["title", "description", "completed"]
 SHOWN = ["id", "user_id", *WRITABLE, "completed AS is_completed", "created_at", "updated_at"]
 COLUMNS = ", ".join(SHOWN)
@@ -47,8 +47,8 @@ async def select_task(user_id: str, task_id: UUID) -> Task | None:
 
 
 # A backward scan of the primary key from where the last page ended: by `after`, page 100 costs
-# what page 1 does. coalesce() keeps that one range, OR would not. LIMIT + 1 tells whether more
-# follow. A task is a line, as strings in JSON break none, and cut_array() cuts between two lines.
+# what page 1 does. coalesce() keeps that one range, as OR would not. LIMIT + 1 tells whether more
+# follow. Each task is one line, as JSON escapes line breaks: cut_array() cuts between lines.
 # row_to_json() takes half of to_json()'s time, but Citus refuses it in RETURNING.
 SELECT_TASKS = Statement("SELECT_TASKS", f"""
 SELECT '[' || coalesce(string_agg(row_to_json(page)::text, E',\\n'), '') || ']', count(*)
