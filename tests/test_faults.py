@@ -414,7 +414,7 @@ def test_beyond_the_queue_it_is_503_at_once(
                 started = time.monotonic()
                 connection.sendall(asked)
                 assert connection.recv(12) == b"HTTP/1.1 503"
-                assert time.monotonic() - started < 1
+                assert time.monotonic() - started < 3  # those in it wait for 5 s
         codes = [connection.recv(12) for connection in connections]
     assert set(codes) <= {b"HTTP/1.1 503", b"HTTP/1.1 200"}
     wait_until(lambda: api.get("/tasks").status_code == 200, 5)
