@@ -191,9 +191,9 @@ class UserFromToken(OAuth2PasswordBearer):
         return user_id
 
 
-current_user = UserFromToken(tokenUrl="auth/token", description="A JWT (RFC 7519) for a day.")
+current_user = UserFromToken(tokenUrl="auth/token", description="A JWT (RFC8725) for a day.")
 if not ACCOUNTS:  # OpenAPI says that the tokens come from somebody else
-    current_user.model = HTTPBearer(bearerFormat="JWT", description="A JWT (RFC 7519).").model
+    current_user.model = HTTPBearer(bearerFormat="JWT", description="A JWT (RFC8725).").model
 
 
 # Passwords.

@@ -666,7 +666,7 @@ def test_honcho_runs_the_procfile_with_a_dotenv(database: str, tmp_path: Path) -
         process.terminate()
     assert response.status_code == 200
     assert "server" not in response.headers
-    assert '"route": "/tasks", "status": 200' in log.read_text()
+    assert '"route":"/tasks","status":200' in log.read_text()
 
 
 def test_the_dockerfiles_steps_work_in_a_clean_environment(database: str, tmp_path: Path) -> None:

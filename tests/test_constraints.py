@@ -121,6 +121,7 @@ def test_ids_rise_within_a_millisecond_also_where_postgresql_has_no_uuidv7(
 
 
 def test_e_mails_of_an_earlier_release_get_their_one_spelling(connection: Connection) -> None:
+    connection.execute("CREATE UNIQUE INDEX users_email_key ON users (lower(email))")
     insert(connection, "users", ACCOUNT | {"email": "Ann@Example.com"})
     connection.execute(SCHEMA)
     found = connection.execute("SELECT email FROM users WHERE email LIKE 'ann@%'").fetchone()
