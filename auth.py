@@ -26,14 +26,14 @@ JWKS_URL = os.environ.get("JWT_JWKS_URL") or ""
 ISSUER = os.environ.get("JWT_ISSUER") or None
 AUDIENCE = os.environ.get("JWT_AUDIENCE") or None
 USER_CLAIM = os.environ.get("JWT_USER_CLAIM") or "sub"
-# Not by BETTER_AUTH_SECRET: the frontend would take our token for a stranger for its own.
+# Not by BETTER_AUTH_SECRET: whoever registers here would be let into the frontend too.
 ACCOUNTS = bool(JWT_SECRET) and os.environ.get("ACCOUNTS") != "off"
 
 MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
 ALGORITHMS = ("EdDSA", "ES256", "RS256")  # of JWT_JWKS_URL
 MAX_TOKEN = 8192  # bytes: a longer token is refused unread
 MAX_USER_ID = 255  # characters, as in schema.sql
-CLOCK_SKEW = 10  # seconds that an issuer's clock may be ahead (iat, nbf); read_claims() has exp
+CLOCK_SKEW = 10  # seconds that an issuer's clock may be ahead (iat, nbf); exp gets none
 TOKEN_LIFETIME = 86_400  # seconds: nobody can take a token back, so it ends after a day
 TOKEN_CACHE_TTL = 60  # seconds: to look a token up takes 1 us, to verify it 34 to 136
 TOKEN_CACHE_SIZE = 10_000  # tokens, of 260 bytes each
@@ -163,7 +163,7 @@ def issue_token(user_id: str) -> str:
 
 
 async def identify(scope: Scope) -> bool:
-    """Whether the token is good. The state gets its user (None until then), or the error."""
+    """Whether the token is good. Sets state's user_id (RequestLog: None) or unauthorized."""
     state = scope["state"]
     sent = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, token = sent[0].decode("latin-1").partition(" ") if sent else ("", "", "")

@@ -148,7 +148,7 @@ TASK_NOT_FOUND = HTTPProblem(404, "Task not found", "task_not_found")  # or is a
 IDENTITY_MISMATCH = HTTPProblem(403, "User identity mismatch", reason="the path of another user")
 ACCOUNT_GONE = Unauthorized(description="the account of this token has been deleted")
 
-# Each is tried on what the one before made: start of the path, replacement, type of the body.
+# Start of the path, replacement, type of the body or any; each is tried on the last result.
 ALIASES = [
     (r"/(?:api/(?:v1/)?)?(?:tasks|todos)(?=/|$)", "/tasks", b""),
     (r"/tasks/create$", "/tasks", b""),
@@ -207,7 +207,7 @@ async def own_path(user_id: str, me: CurrentUser) -> None:
 
 
 def route(method: str, path: str, **options: Any) -> Decorator:
-    """Registers a route under both roots. Its `user_id` is the token's, never the path's."""
+    """Registers a route under both roots. Only own_path() gets the `user_id` of the path."""
     options |= {"methods": [method], "tags": ["tasks"]}
     refusals = openapi.errors(TASK_NOT_FOUND) if "{task_id}" in path else {}
     of_user: Any = {
@@ -307,7 +307,7 @@ async def delete_task(user_id: CurrentUser, task_id: UUID, conditions: IfConditi
 async def respond_written(
     task: db.Task | None, user_id: str, task_id: UUID, conditions: Conditions
 ) -> Response:
-    """The written task. Without one raises 412 if it has another version, or 404."""
+    """The written task. For None, always raises: 412 if the task exists, or 404."""
     if task:
         return Response(task.json, 200, {"ETag": task.etag}, "application/json")
     if conditions.versions(db.FORM) is not None and await db.select_task(user_id, task_id):
@@ -408,7 +408,7 @@ async def root(request: Request) -> Response:
 # Routes are tried in order: the busiest, under /tasks, first.
 app.router.routes.sort(key=lambda each: not getattr(each, "path", "").startswith("/tasks"))
 
-if __name__ == "__main__":  # python main.py: development
+if __name__ == "__main__":  # development: a new process
     keys = ("JWT_SECRET", "BETTER_AUTH_SECRET", "JWT_JWKS_URL")
     develop.run("main:app", Path(__file__).resolve().parent, keys)
 else:  # a server imports us

@@ -70,7 +70,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency_key ON tasks (user_id, idemp
 
 -- Changes to tables that exist, oldest first. Each can be applied again.
 
--- 1.1: the index is on the e-mail as stored. The old one had lower(), which differs from auth.py's.
+-- 1.1: the index is on the e-mail as stored; auth.py lowers new ones, and lower() once the old.
 UPDATE users SET email = lower(email) WHERE to_regclass('users_email_key') IS NOT NULL;
 CREATE UNIQUE INDEX IF NOT EXISTS users_email_unique ON users (email);
 DROP INDEX IF EXISTS users_email_key;
