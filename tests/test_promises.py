@@ -33,7 +33,6 @@ import auth
 import db
 from conftest import (
     HERE,
-    PATH,
     Account,
     Issuer,
     Play,
@@ -52,6 +51,7 @@ from conftest import (
     post,
     refusal,
     serving,
+    serving_by_procfile,
     status,
     uvicorn,
     wait_for_start,
@@ -184,19 +184,8 @@ def test_clients_that_do_not_read_hold_up_nobody_and_are_dropped_after_30_second
 
 @pytest.fixture
 def deployed(database: str, tmp_path: Path) -> Iterator[Server]:
-    """The service as the Procfile starts it."""
-    port, log = free_port(), tmp_path / "log"
-    command = (HERE / "Procfile").read_text().removeprefix("web: ").replace("--host 0.0.0.0", "")
-    environ = environment(database, PORT=str(port), PATH=PATH)
-    with log.open("wb") as output:
-        shell = ["sh", "-c", "exec " + command]
-        process = subprocess.Popen(shell, cwd=HERE, env=environ, stdout=output, stderr=output)
-    try:
-        wait_for_start(process, port, log)
-        yield Server(port, process, log)
-    finally:
-        process.kill()
-        process.wait()
+    with serving_by_procfile(database, tmp_path / "log") as server:
+        yield server
 
 
 def test_the_hop_that_the_platforms_proxy_adds_counts_and_not_the_clients_own(
