@@ -2,7 +2,7 @@
 
 A task comes back as JSON that goes to the client as it is. "No row" is None. Each function may
 raise Unavailable (503); one that writes may raise InvalidValue (422) too. A Statement that begins
-with SELECT reads. It knows its columns from its first answer. Rows hold bytes.
+with SELECT only reads. The values in a row are bytes.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ from lib.rows import cut_array, to_json
 WRITABLE = ["title", "description", "completed"]
 SHOWN = ["id", "user_id", *WRITABLE, "completed AS is_completed", "created_at", "updated_at"]
 COLUMNS = ", ".join(SHOWN)
-FORM = hashlib.sha256(COLUMNS.encode()).hexdigest()[:8]  # in ETags: a new field makes all stale
+SHAPE = hashlib.sha256(COLUMNS.encode()).hexdigest()[:8]  # in ETags: a new field makes all stale
 PING_TTL = 5.0  # seconds that an answer of the database counts
-MAX_PAGE = 1_000_000  # bytes: a client that never reads costs no more
+PAGE_BYTES = 1_000_000  # at most: a client that never reads holds no more
 
 # A formatter would put a line break before the f""" of each statement.
 # fmt: off
 
 
 class Task(NamedTuple):
-    """A task as JSON in UTF-8, and its ETag: "version-FORM"."""
+    """A task as JSON in UTF-8, and its ETag: "version-SHAPE"."""
 
     json: bytes
     etag: str
@@ -46,9 +46,9 @@ async def select_task(user_id: str, task_id: UUID) -> Task | None:
     return task_in(SELECT_TASK, await fetch(SELECT_TASK, user_id=user_id, task_id=task_id))
 
 
-# A backward scan of the primary key from where the last page ended: by `after`, page 100 costs
-# what page 1 does. coalesce() keeps that one range, as OR would not. LIMIT + 1 tells whether more
-# follow. Each task is one line, as JSON escapes line breaks: cut_array() cuts between lines.
+# A backward scan of the primary key from where the last page ended: without a filter, page 100
+# costs what page 1 does. coalesce() keeps that one range, as OR would not. LIMIT + 1 tells whether
+# more follow. Each task is one line, as JSON escapes line breaks: cut_array() cuts between lines.
 # row_to_json() is twice as fast as lib's to_json(); Citus bars it in RETURNING.
 SELECT_TASKS = Statement("SELECT_TASKS", f"""
 SELECT '[' || coalesce(string_agg(row_to_json(page)::text, E',\\n'), '') || ']', count(*)
@@ -68,10 +68,10 @@ FROM (
 async def select_tasks(
     user_id: str, completed: bool | None, after: UUID | None, offset: int, limit: int
 ) -> tuple[bytes, str | None]:
-    """Up to `limit` tasks or MAX_PAGE, newest first, and the last id while more follow."""
+    """Up to `limit` tasks or PAGE_BYTES, newest first, and the last id while more follow."""
     values: dict[str, Value] = {"user_id": user_id, "completed": completed, "after": after}
     [(array, count)] = await fetch(SELECT_TASKS, offset=offset, limit=limit, **values)
-    return cut_array(array, has_surplus=int(count) > limit, max_size=MAX_PAGE)
+    return cut_array(array, has_surplus=int(count) > limit, max_size=PAGE_BYTES)
 
 
 class Stored(NamedTuple):
@@ -276,7 +276,7 @@ def task_in(statement: Statement, rows: Rows) -> Task | None:
     if not rows:
         return None
     json, version = to_json(statement.columns[: len(SHOWN)], rows[0]), rows[0][len(SHOWN)]
-    return Task(json, f'"{version.decode()}-{FORM}"')
+    return Task(json, f'"{version.decode()}-{SHAPE}"')
 
 
 def account_in(statement: Statement, rows: Rows) -> Account | None:

@@ -44,7 +44,7 @@ import db
 from lib import develop, logs, middleware, openapi, postgres, problems, startup, welcome
 from lib.headers import PRECONDITION_FAILED, Conditions, IdempotencyKey, IfConditions, next_link
 from lib.problems import HTTPProblem, Problem, Unauthorized
-from lib.routing import PreparedRoute
+from lib.routing import PreparedRoutes
 
 VERSION = "1.1.0"
 
@@ -169,7 +169,7 @@ async def has_token_for_tasks(scope: Scope) -> bool:
     return scope["path"].startswith(("/tasks", "/api/")) and await auth.identify(scope)
 
 
-respond = problems.responder(MESSAGES, bad_path=TASK_NOT_FOUND, bad_reference=ACCOUNT_GONE)
+respond = problems.responder(MESSAGES, bad_path=TASK_NOT_FOUND, foreign_key=ACCOUNT_GONE)
 app = openapi.DocumentedAPI(
     {"accounts": "Users and tokens.", "tasks": "A user's tasks.", "service": "The service itself."},
     title="Todo",
@@ -186,10 +186,10 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.CanonicalPath, aliases=ALIASES, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
         Middleware(middleware.ConcurrencyLimit, applies_to=has_token_for_tasks),  # 64 in all
+        Middleware(PreparedRoutes),  # what FastAPI does, in half the time
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
-app.router.route_class = PreparedRoute  # faster: response_model only documents
 
 
 # Tasks.
@@ -253,8 +253,8 @@ async def list_tasks(
 ) -> Response:
     """List tasks, newest first. While more follow, `Link` has the address of the next page.
 
-    It goes on by `after`, the id of the last task seen: such a page costs the same however far it
-    is. Pages by `offset` (or `skip`) or `page` (of `limit` tasks, from 1) cost more and more.
+    It goes on by `after`, the id of the last task seen: without a filter, such a page costs the
+    same however far it is. Pages by `offset` (or `skip`) or `page` (from 1) cost more and more.
     """
     if completed is None and status != "all":
         completed = status == "completed"
@@ -281,7 +281,7 @@ async def update_task(
 ) -> Response:
     """Change the fields sent, and no others."""
     changes = body.model_dump(exclude_unset=True)
-    task = await db.update_task(user_id, task_id, changes, conditions.versions(db.FORM))
+    task = await db.update_task(user_id, task_id, changes, conditions.versions(db.SHAPE))
     return await respond_written(task, user_id, task_id, conditions)
 
 
@@ -292,14 +292,14 @@ async def toggle_task(
 ) -> Response:
     """Flip `completed`, or set it to the value sent."""
     value = body.completed if body and body.model_fields_set else None
-    task = await db.toggle_task(user_id, task_id, value, conditions.versions(db.FORM))
+    task = await db.toggle_task(user_id, task_id, value, conditions.versions(db.SHAPE))
     return await respond_written(task, user_id, task_id, conditions)
 
 
 @route("DELETE", "/tasks/{task_id}", status_code=204)
 async def delete_task(user_id: CurrentUser, task_id: UUID, conditions: IfConditions) -> Response:
     """Delete a task."""
-    if not await db.delete_task(user_id, task_id, conditions.versions(db.FORM)):
+    if not await db.delete_task(user_id, task_id, conditions.versions(db.SHAPE)):
         await respond_written(None, user_id, task_id, conditions)
     return Response(status_code=204)
 
@@ -310,7 +310,7 @@ async def respond_written(
     """The written task. For None, always raises: 412 if the task exists, or 404."""
     if task:
         return Response(task.json, 200, {"ETag": task.etag}, "application/json")
-    if conditions.versions(db.FORM) is not None and await db.select_task(user_id, task_id):
+    if conditions.versions(db.SHAPE) is not None and await db.select_task(user_id, task_id):
         raise PRECONDITION_FAILED
     raise TASK_NOT_FOUND
 
@@ -404,9 +404,6 @@ async def root(request: Request) -> Response:
     """See where to go from here."""
     return welcome.respond(request, {"name": "todo", "version": VERSION, "docs": "/docs"})
 
-
-# Routes are tried in order: the busiest, under /tasks, first.
-app.router.routes.sort(key=lambda each: not getattr(each, "path", "").startswith("/tasks"))
 
 if __name__ == "__main__":  # development: a new process
     keys = ("JWT_SECRET", "BETTER_AUTH_SECRET", "JWT_JWKS_URL")

@@ -40,8 +40,8 @@ CREATE TABLE IF NOT EXISTS users (
 );
 
 -- The primary key begins with the owner, and every statement names the owner, so none reaches
--- another user's task. Reads, pages and updates need no other index: "newest first" is its backward
--- scan. Citus can shard by it. An index on completed would end updates that touch no index (HOT).
+-- another user's task, and Citus can shard by user_id. Reads, pages and updates need no other:
+-- "newest first" is its backward scan. One on completed would end updates that touch none (HOT).
 --
 -- version counts the writes to a task and becomes its ETag. updated_at cannot, as two writes may
 -- share a microsecond. fillfactor leaves 10 % of each page free for HOT updates.

@@ -24,8 +24,8 @@ class Conditions(NamedTuple):
     match: list[str] | None
     none_match: list[str] | None
 
-    def versions(self, form: str) -> list[int] | None:
-        """Of the tags "version-form", the versions that may be written; None for any.
+    def versions(self, shape: str) -> list[int] | None:
+        """Of the tags "version-shape", the versions that may be written; None for any.
 
         A weak tag is none.
         """
@@ -33,7 +33,7 @@ class Conditions(NamedTuple):
             return []
         if self.match is None or self.match == ["*"]:
             return None
-        found = [re.fullmatch(rf'"([1-9]\d{{0,17}})-{form}"', tag) for tag in self.match]
+        found = [re.fullmatch(rf'"([1-9]\d{{0,17}})-{shape}"', tag) for tag in self.match]
         return [int(each[1]) for each in found if each]
 
     def respond(self, json: bytes, etag: str, headers: dict[str, str]) -> Response:

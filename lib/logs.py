@@ -17,9 +17,8 @@ from pydantic_core import to_json
 
 def write(level: str, fields: dict[str, Any]) -> None:
     """Writes a line. A full disk is no request's fault, nor is text that is no Unicode."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
     with suppress(OSError, ValueError):
-        os.write(1, to_json({"time": now, "level": level, **fields}) + b"\n")
+        os.write(1, to_json({"time": datetime.now(UTC), "level": level, **fields}) + b"\n")
 
 
 class JsonHandler(logging.Handler):

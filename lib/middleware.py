@@ -1,15 +1,6 @@
-"""ASGI middleware, one duty each. A host lists them from the outside in:
+"""ASGI middleware, one duty each. A host lists the classes from the outside in.
 
-    app = FastAPI(middleware=[
-        Middleware(RequestLog),
-        *cors("https://app.example.com", "CORS_ORIGINS"),
-        Middleware(ErrorResponses, respond=…),
-        Middleware(CanonicalPath, aliases=[("/todos$", "/tasks", b"")], unless="/tasks"),
-        Middleware(BodyLimit),
-        Middleware(ConcurrencyLimit, applies_to=…),
-    ])
-
-RequestLog comes first: it reads the headers once, and the others find them in the state.
+RequestLog comes first. Its state has the headers, and the body once that is there.
 """
 
 import asyncio
@@ -31,18 +22,20 @@ from lib.problems import RETRY, HTTPProblem, Respond
 MAX_BODY = 131_072  # bytes of a request's body
 MAX_BODIES = 32_000_000  # bytes of all bodies under way
 BODY_TIMEOUT = 10  # seconds for a body to arrive
-MAX_CONCURRENT = 64  # requests in the framework; at 1,000 connections 13 MB less than all
+MAX_CONCURRENT = 64  # requests in the framework: at 1,000 connections 5 MB less than all
 MAX_WAITING = 2000  # requests that wait for that; one more is refused at once
 STALLED = 0.25  # seconds without a response after which the limit is off
 
 PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")
-CLOSE = {"Connection": "close"}
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 EXPOSED = ["ETag", "Idempotent-Replayed", "Link", "Location", "Retry-After", "X-Request-ID"]
 
 
 class RequestLog:
-    """Gives each request an id and, when it has ended, a line in the log."""
+    """Gives each request an id and, when it has ended, a line in the log.
+
+    A response that comes before the request's body closes the connection.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -51,39 +44,40 @@ class RequestLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, method, state = perf_counter(), scope["method"], scope["state"]
-        headers = state["headers"] = dict(scope["headers"])
+        headers = state["headers"] = dict(scope["headers"][::-1])
         request_id = headers.get(b"x-request-id", b"")
         if not PLAIN_ID.fullmatch(request_id):
             request_id = b"%032x" % random.getrandbits(128)
         state["request_id"], state["user_id"], state["reason"] = request_id.decode(), None, ""
+        if b"content-length" not in headers and b"transfer-encoding" not in headers:
+            state["body"] = b""
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 state["status"] = message["status"]
                 message["headers"].append((b"x-request-id", request_id))
+                if "body" not in state:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_id)
         finally:
-            log_request(method, scope, perf_counter() - started)
+            self.log(method, scope, perf_counter() - started)
         scope.clear()  # uvicorn keeps it until the connection's next request
 
-
-def log_request(method: str, scope: Scope, seconds: float) -> None:
-    state, route = scope["state"], scope.get("route")
-    fields = {
-        "message": "request",
-        "request_id": state["request_id"],
-        "method": method,
-        "route": route.path if route else None,
-        "status": state.get("status", 499),  # 499: the client left before there was one
-        "duration_ms": round(seconds * 1000, 2),
-        "user_id": state["user_id"],
-    }
-    if state["reason"]:
-        fields["reason"] = state["reason"]
-    logs.write("INFO", fields)
+    def log(self, method: str, scope: Scope, seconds: float) -> None:
+        state, route = scope["state"], scope.get("route")
+        fields = {
+            "message": "request",
+            "request_id": state["request_id"],
+            "method": method,
+            "route": route.path if route else None,
+            "status": state.get("status", 499),  # 499: the client left before there was one
+            "duration_ms": round(seconds * 1000, 2),
+            "user_id": state["user_id"],
+        }
+        logs.write("INFO", fields | ({"reason": state["reason"]} if state["reason"] else {}))
 
 
 def cors(origins: str, setting: str) -> list[Middleware]:
@@ -153,38 +147,26 @@ class BodyLimit:
     """Bounds the bytes and the time of a body, and the bytes of all bodies under way.
 
     A route that asks for the body gets it whole, or HTTPProblem is raised: 401 and 404 come first.
-    The state has the body as well. A response that comes before it closes the connection.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app, self.pending = app, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or "body" in scope["state"]:
             return await self.app(scope, receive, send)
         state, headers = scope["state"], scope["state"]["headers"]
-        if not has_body(headers):
-            state["body"] = b""
-            return await self.app(scope, receive, send)
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise HTTPProblem(415, "The body must not be compressed", headers=CLOSE)
+            raise HTTPProblem(415, "The body must not be compressed")
         self.check_size(int(headers.get(b"content-length", 0)))
-        arrived = False
 
         async def receive_whole() -> Message:
-            nonlocal arrived
-            if arrived:
+            if "body" in state:
                 return await receive()
             state["body"] = await self.read(receive)
-            arrived = True
             return {"type": "http.request", "body": state["body"], "more_body": False}
 
-        async def send_and_close(message: Message) -> None:
-            if message["type"] == "http.response.start" and not arrived:
-                message["headers"].append((b"connection", b"close"))
-            await send(message)
-
-        await self.app(scope, receive_whole, send_and_close)
+        await self.app(scope, receive_whole, send)
 
     async def read(self, receive: Receive) -> bytes:
         body, more = bytearray(), True
@@ -198,22 +180,18 @@ class BodyLimit:
                     self.pending += len(message["body"])
                     self.check_size(len(body))
                     if self.pending > MAX_BODIES:
-                        raise HTTPProblem(503, "Too many uploads", headers=CLOSE | RETRY)
+                        raise HTTPProblem(503, "Too many uploads", headers=RETRY)
                     more = message["more_body"]
         except TimeoutError:
             text = f"The body did not arrive within {BODY_TIMEOUT} seconds"
-            raise HTTPProblem(408, text, headers=CLOSE) from None
+            raise HTTPProblem(408, text) from None
         finally:
             self.pending -= len(body)
         return bytes(body)
 
     def check_size(self, size: int) -> None:
         if size > MAX_BODY:
-            raise HTTPProblem(413, f"The body is larger than {MAX_BODY} bytes", headers=CLOSE)
-
-
-def has_body(headers: dict[bytes, bytes]) -> bool:
-    return b"content-length" in headers or b"transfer-encoding" in headers
+            raise HTTPProblem(413, f"The body is larger than {MAX_BODY} bytes")
 
 
 class ConcurrencyLimit:
@@ -232,7 +210,7 @@ class ConcurrencyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not await self.applies_to(scope):
             return await self.app(scope, receive, send)
-        messages = [await receive()] if has_body(scope["state"]["headers"]) else []
+        messages = [] if "body" in scope["state"] else [await receive()]
         await self.enter()
         inside = True
 

@@ -1,8 +1,4 @@
-"""What a service does with PostgreSQL before it serves: settings, schema, and a look at its SQL.
-
-conninfo = connection_string(os.environ)
-await prepare_database(conninfo, Path("schema.sql"), "tasks", STATEMENTS)
-"""
+"""What a service does with PostgreSQL before it serves: settings, schema, and a look at its SQL."""
 
 import asyncio
 import hashlib

@@ -13,9 +13,10 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from sqlmodel import Field, SQLModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
+from starlette.types import Scope
 
 from lib import pipeline
-from lib.routing import allowed_methods
 
 Respond = Callable[[Request, Exception], Awaitable[Response]]
 PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # newer than Python 3.11's
@@ -107,24 +108,24 @@ def messages_of(*schemas: type[SQLModel]) -> dict[str, str]:
 
 
 def responder(
-    messages: Mapping[str, str], bad_path: HTTPProblem, bad_reference: HTTPProblem
+    messages: Mapping[str, str], bad_path: HTTPProblem, foreign_key: HTTPProblem
 ) -> Respond:
     """An exception handler for all exceptions.
 
-    `messages` has a sentence for each field by its name. `bad_path` answers a path with a value
-    that cannot be, and `bad_reference` a ForeignKeyViolation. The log gets the reason: what the
+    `messages` has a sentence for each field. `bad_path` answers a path with a value
+    that cannot be, and `foreign_key` a ForeignKeyViolation. The log gets the reason: what the
     pipeline's exceptions say holds no input.
     """
 
     async def respond(request: Request, error: Exception) -> Response:
         scope, state = request.scope, request.scope["state"]
         missing = isinstance(error, pipeline.ForeignKeyViolation)
-        problem = bad_reference if missing else to_problem(error, messages, bad_path)
+        problem = foreign_key if missing else to_problem(error, messages, bad_path)
         problem.__traceback__ = problem.__context__ = None  # a constant would gather them
         state["reason"] = problem.reason or (str(error) if type(error) in TRANSLATIONS else "")
         headers = dict(problem.headers or {})
         if problem.status_code == 405:  # Starlette names the methods of one route
-            headers["Allow"] = ", ".join(allowed_methods(scope["app"], scope))
+            headers["Allow"] = ", ".join(allowed_methods(scope))
         body = json.dumps(problem.members(state["request_id"]))
         return Response(body, problem.status_code, headers, "application/problem+json")
 
@@ -152,3 +153,10 @@ def to_problem(error: Exception, messages: Mapping[str, str], bad_path: HTTPProb
     if any(each["loc"][0] == "path" for each in errors):
         return bad_path
     return HTTPProblem(422, errors[0]["msg"], errors=errors)
+
+
+def allowed_methods(scope: Scope) -> list[str]:
+    """Every method that a path answers to (RFC 9110 section 15.5.6), whichever route has it."""
+    matching = [route for route in scope["app"].routes if route.matches(scope)[0] != Match.NONE]
+    methods = {method for route in matching for method in getattr(route, "methods", None) or ()}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)

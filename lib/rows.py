@@ -1,9 +1,7 @@
 """Rows as JSON objects, byte for byte as PostgreSQL's row_to_json() writes them.
 
-    columns = columns_of(result)             # a PGresult, once for each statement
-    to_json(columns, [b"7", b"Buy milk"])    # b'{"id":7,"title":"Buy milk"}', in 2 us
-
-row_to_json() is STABLE, and Citus refuses that in RETURNING.
+columns = columns_of(result)             # a PGresult, once for each statement
+to_json(columns, [b"7", b"Buy milk"])    # b'{"id":7,"title":"Buy milk"}', in 2 us
 """
 
 from collections.abc import Callable, Sequence

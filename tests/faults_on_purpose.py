@@ -52,6 +52,7 @@ class Fault(NamedTuple):
 
 PIPELINE, MIDDLEWARE = "lib/pipeline.py", "lib/middleware.py"
 IN_PIPELINE, IN_MIDDLEWARE = "tests/test_pipeline.py -k ", "tests/test_middleware.py -k "
+ROUTING, IN_ROUTING = "lib/routing.py", "tests/test_routing.py -k "
 IN_POLICY, IN_SCHEMA, IN_MAIN = (
     "tests/test_policy.py -k ",
     "tests/test_constraints.py -k ",
@@ -123,7 +124,7 @@ FAULTS = [
     Fault("slots-unlimited", MIDDLEWARE, "(self.free > 0 and not self.waiting)", "True", IN_MIDDLEWARE + "test_64_requests_at_a_time"),
     Fault("stall-blocks-all", MIDDLEWARE, "self.stalled, self.answered = not self.answered, False", "self.answered = False", IN_MIDDLEWARE + "test_requests_get_through"),
     Fault("slot-held-by-reader", MIDDLEWARE, "                inside = False\n                self.leave()", "                pass", IN_MIDDLEWARE + "test_a_client_that_does_not_read"),
-    Fault("slot-held-by-upload", MIDDLEWARE, "messages = [await receive()] if", "messages: list[Message] = [] if", IN_MIDDLEWARE + "test_a_client_that_does_not_read"),
+    Fault("slot-held-by-upload", MIDDLEWARE, "else [await receive()]", "else []", IN_MIDDLEWARE + "test_a_client_that_does_not_read"),
     Fault("body-announced-unbounded", MIDDLEWARE, 'self.check_size(int(headers.get(b"content-length", 0)))', "pass", IN_MAIN + "test_a_large_body_is_refused_unread"),
     Fault("body-chunked-unbounded", MIDDLEWARE, "self.check_size(len(body))", "pass", IN_MIDDLEWARE + "128_kib"),
     Fault("body-of-a-megabyte", MIDDLEWARE, "MAX_BODY = 131_072", "MAX_BODY = 1_000_000", IN_MIDDLEWARE + "128_kib"),
@@ -140,6 +141,15 @@ FAULTS = [
     Fault("no-response-is-200", MIDDLEWARE, 'state.get("status", 499)', 'state.get("status", 200)', IN_MIDDLEWARE + "499"),
     Fault("head-not-routed", MIDDLEWARE, 'if scope["method"] != "HEAD":', "if True:", IN_MAIN + "test_head_answers_like_get"),
     Fault("aliases-off", MIDDLEWARE, 'scope["path"] = path', "pass", IN_MAIN + "test_every_alias"),
+    # lib/routing.py
+    Fault("neighbours-passed-over", ROUTING, "[(r, prepare(r) if is_prepared(r) else None) for r in plain]", "[(r, prepare(r)) for r in plain if is_prepared(r)]", IN_ROUTING + "test_it_finds_the_route"),
+    Fault("methods-mixed-up", ROUTING, "method in (route.methods or ()) and ", "", IN_ROUTING + "test_it_finds_the_route"),
+    Fault("root-path-ignored", ROUTING, ' or scope["root_path"]', "", IN_ROUTING + "test_it_finds_the_route"),
+    Fault("convertors-ignored", ROUTING, "isinstance(each, StringConvertor)", "True", IN_ROUTING + "test_it_finds_the_route"),
+    Fault("overrides-ignored", ROUTING, "if app.dependency_overrides or", "if", IN_ROUTING + "overridden"),
+    Fault("telemetry-passed-by", ROUTING, ' or "fastapi.telemetry" in scope', "", "tests/test_clients.py -k test_requests_are_metered"),
+    Fault("last-header-wins", MIDDLEWARE, 'dict(scope["headers"][::-1])', 'dict(scope["headers"])', IN_ROUTING + "answers_as_fastapi"),
+    Fault("dependency-run-twice", ROUTING, "if needed.call not in results:", "if True:", IN_ROUTING + "answers_as_fastapi"),
     # The rest of lib/
     Fault("log-breaks-requests", "lib/logs.py", "with suppress(OSError, ValueError):", "if True:", IN_MIDDLEWARE + "test_a_log_that_cannot_be_written"),
     Fault("exception-text-logged", "lib/logs.py", "type(record.exc_info[1]).__name__", "str(record.exc_info[1])", IN_MIDDLEWARE + "test_an_exceptions_text"),
@@ -224,7 +234,7 @@ FAULTS = [
     Fault("key-not-private", "schema.sql", "tasks (user_id, idempotency_key)", "tasks (idempotency_key)", IN_MAIN + "test_keys_are_private"),
     Fault("key-reused", "db.py", "\nWHERE tasks.idempotency_digest = excluded.idempotency_digest", "", IN_MAIN + "test_the_same_key_with_another"),
     Fault("read-any-task", "db.py", "SELECT {COLUMNS}, version\nFROM tasks\nWHERE user_id = %(user_id)s AND", "SELECT {COLUMNS}, version\nFROM tasks\nWHERE %(user_id)s::text <> '' AND", IN_MAIN + "test_another_users_task"),
-    Fault("page-unbounded", "db.py", "MAX_PAGE = 1_000_000", "MAX_PAGE = 100_000_000", "tests/test_promises.py -k test_a_page_is_bounded_by_bytes"),
+    Fault("page-unbounded", "db.py", "PAGE_BYTES = 1_000_000", "PAGE_BYTES = 100_000_000", "tests/test_promises.py -k test_a_page_is_bounded_by_bytes"),
     Fault("path-of-anybody", "main.py", 'if user_id not in (me, "me"):', "if False:", IN_MAIN + "test_anybody_elses_path"),
 ]
 # fmt: on

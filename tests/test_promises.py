@@ -681,8 +681,8 @@ def test_several_lines_of_a_condition_are_one_list(api: Client, task: Task) -> N
 
 def test_a_tasks_etag_names_the_form_of_the_answer(api: Client, task: Task) -> None:
     etag = api.get("/tasks/" + task["id"]).headers["etag"]
-    assert etag == f'"1-{db.FORM}"'
-    assert hashlib.sha256(db.COLUMNS.encode()).hexdigest().startswith(db.FORM)
+    assert etag == f'"1-{db.SHAPE}"'
+    assert hashlib.sha256(db.COLUMNS.encode()).hexdigest().startswith(db.SHAPE)
 
 
 def test_two_tasks_that_swap_their_titles_change_the_lists_etag(api: Client) -> None:
