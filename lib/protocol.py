@@ -3,6 +3,7 @@
     uvicorn main:app --http lib.protocol:Protocol
 
 uvicorn itself waits for ever: a client that asks for a page and never reads it holds the page.
+It also keeps what a connection has left until its keep-alive ends, if a client reset it.
 """
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -11,6 +12,10 @@ WRITE_TIMEOUT = 30  # seconds without a byte taken
 
 
 class Protocol(HttpToolsProtocol):
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self.watch()

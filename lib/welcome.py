@@ -1,7 +1,4 @@
-"""What `GET /` answers: JSON to programs, and a page that leads on to people with a browser.
-
-return respond(request, {"name": "todo", "version": "1.1.0", "docs": "/docs"})
-"""
+"""What `GET /` answers: JSON to programs, and a page that leads on to people with a browser."""
 
 import json
 from html import escape

@@ -135,6 +135,7 @@ FAULTS = [
     Fault("unread-body-keeps-connection", MIDDLEWARE, 'message["headers"].append((b"connection", b"close"))', "pass", IN_MAIN + "test_a_large_body_is_refused_unread"),
     Fault("compressed-accepted", MIDDLEWARE, '.lower() != b"identity":', '.lower() == b"":', IN_MAIN + "test_a_compressed_body"),
     Fault("reader-never-dropped", "lib/protocol.py", "self.transport.abort()", "pass", "tests/test_promises.py -k test_clients_that_do_not_read"),
+    Fault("reset-client-kept", "lib/protocol.py", "self._unset_keepalive_if_required()", "pass", "tests/test_promises.py -k test_nothing_holds_a_connection"),
     Fault("waiting-unbounded", MIDDLEWARE, "len(self.waiting) >= MAX_WAITING", "False", IN_MIDDLEWARE + "test_one_more_than_may_wait"),
     Fault("leaving-is-an-error", MIDDLEWARE, "except ClientDisconnect:", "except ZeroDivisionError:", IN_MIDDLEWARE + "test_an_error_is_answered"),
     Fault("request-id-unchecked", MIDDLEWARE, "if not PLAIN_ID.fullmatch(request_id):", "if False:", IN_MAIN + "test_any_other_request_id"),

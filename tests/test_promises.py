@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import time
 import uuid
@@ -28,6 +29,9 @@ import pytest
 from httpx import Client, Response
 from limits import parse
 from psycopg.conninfo import make_conninfo
+from starlette.responses import PlainTextResponse
+from uvicorn.config import Config
+from uvicorn.server import ServerState
 
 import auth
 import db
@@ -61,6 +65,7 @@ from lib import jwks, ratelimit
 from lib.jwks import KeySet
 from lib.pipeline import Statement
 from lib.problems import HTTPProblem
+from lib.protocol import Protocol
 from lib.ratelimit import RateLimiter
 
 parametrize = pytest.mark.parametrize
@@ -177,6 +182,29 @@ def test_clients_that_do_not_read_hold_up_nobody_and_are_dropped_after_30_second
 
         assert connected() == ports
         wait_until(lambda: not connected(), 50)
+
+
+def test_nothing_holds_a_connection_that_its_client_reset() -> None:
+    async def story() -> None:
+        config = Config(
+            PlainTextResponse("answer"), http=Protocol, timeout_keep_alive=75, log_config=None
+        )
+        config.load()
+        protocol = Protocol(config, ServerState(), {})
+        loop = asyncio.get_running_loop()
+        async with await loop.create_server(lambda: protocol, "127.0.0.1", 0) as listener:
+            reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"answer")
+            timer = protocol.timeout_keep_alive_task
+            assert timer and not timer.cancelled()
+            reset = struct.pack("ii", 1, 0)  # SO_LINGER of no seconds
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            writer.close()
+            await asyncio.sleep(0.3)
+            assert timer.cancelled()
+
+    asyncio.run(story())
 
 
 # 3 to 5. Limits.
