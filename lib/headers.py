@@ -1,8 +1,4 @@
-"""What routes take from headers, and a Link: conditional requests, Idempotency-Key, next pages.
-
-async def read(conditions: IfConditions) -> Response:
-    return conditions.respond(body, etag='"7"', headers={"Link": next_link(request, "id")})
-"""
+"""What routes take from headers, and a Link: conditional requests, Idempotency-Key, next pages."""
 
 import re
 from typing import Annotated, NamedTuple

@@ -20,7 +20,7 @@ from lib import logs
 from lib.problems import RETRY, HTTPProblem, Respond
 
 MAX_BODY = 131_072  # bytes of a request's body
-MAX_BODIES = 32_000_000  # bytes of all bodies under way
+MAX_BODIES = 32_000_000  # bytes of all bodies
 BODY_TIMEOUT = 10  # seconds for a body to arrive
 MAX_CONCURRENT = 64  # requests in the framework: at 1,000 connections 5 MB less than all
 MAX_WAITING = 2000  # requests that wait for that; one more is refused at once
@@ -77,7 +77,9 @@ class RequestLog:
             "duration_ms": round(seconds * 1000, 2),
             "user_id": state["user_id"],
         }
-        logs.write("INFO", fields | ({"reason": state["reason"]} if state["reason"] else {}))
+        if state["reason"]:
+            fields["reason"] = state["reason"]
+        logs.write("INFO", fields)
 
 
 def cors(origins: str, setting: str) -> list[Middleware]:
@@ -144,7 +146,7 @@ class CanonicalPath:
 
 
 class BodyLimit:
-    """Bounds the bytes and the time of a body, and the bytes of all bodies under way.
+    """Bounds the bytes and the time of a body, and the bytes of all until their requests end.
 
     A route that asks for the body gets it whole, or HTTPProblem is raised: 401 and 404 come first.
     """
@@ -166,7 +168,10 @@ class BodyLimit:
             state["body"] = await self.read(receive)
             return {"type": "http.request", "body": state["body"], "more_body": False}
 
-        await self.app(scope, receive_whole, send)
+        try:
+            await self.app(scope, receive_whole, send)
+        finally:
+            self.pending -= len(state.get("body", b""))
 
     async def read(self, receive: Receive) -> bytes:
         body, more = bytearray(), True
@@ -182,11 +187,12 @@ class BodyLimit:
                     if self.pending > MAX_BODIES:
                         raise HTTPProblem(503, "Too many uploads", headers=RETRY)
                     more = message["more_body"]
-        except TimeoutError:
+        except BaseException as error:
+            self.pending -= len(body)
+            if not isinstance(error, TimeoutError):
+                raise
             text = f"The body did not arrive within {BODY_TIMEOUT} seconds"
             raise HTTPProblem(408, text) from None
-        finally:
-            self.pending -= len(body)
         return bytes(body)
 
     def check_size(self, size: int) -> None:

@@ -3,7 +3,7 @@
     uvicorn main:app --http lib.protocol:Protocol
 
 uvicorn itself waits for ever: a client that asks for a page and never reads it holds the page.
-It also keeps what a connection has left until its keep-alive ends, if a client reset it.
+After a reset it keeps the connection's objects until the keep-alive would have ended.
 """
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol

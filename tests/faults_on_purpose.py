@@ -132,6 +132,7 @@ FAULTS = [
     Fault("body-of-a-minute", MIDDLEWARE, "BODY_TIMEOUT = 10", "BODY_TIMEOUT = 600", IN_MIDDLEWARE + "test_a_body_that_does_not_come"),
     Fault("bodies-unbounded", MIDDLEWARE, "if self.pending > MAX_BODIES:", "if False:", IN_MIDDLEWARE + "test_all_bodies_under_way"),
     Fault("bodies-never-done", MIDDLEWARE, "self.pending -= len(body)", "pass", IN_MIDDLEWARE + "test_all_bodies_under_way"),
+    Fault("bodies-forgotten", MIDDLEWARE, 'self.pending -= len(state.get("body", b""))', "pass", IN_MIDDLEWARE + "test_a_body_counts"),
     Fault("unread-body-keeps-connection", MIDDLEWARE, 'message["headers"].append((b"connection", b"close"))', "pass", IN_MAIN + "test_a_large_body_is_refused_unread"),
     Fault("compressed-accepted", MIDDLEWARE, '.lower() != b"identity":', '.lower() == b"":', IN_MAIN + "test_a_compressed_body"),
     Fault("reader-never-dropped", "lib/protocol.py", "self.transport.abort()", "pass", "tests/test_promises.py -k test_clients_that_do_not_read"),

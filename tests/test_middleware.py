@@ -190,6 +190,22 @@ def test_all_bodies_under_way_have_one_bound(monkeypatch: pytest.MonkeyPatch) ->
     run(story)
 
 
+def test_a_body_counts_until_its_request_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        app = App()  # it has read the body, and waits
+        limit = BodyLimit(app)
+        waiting = [asyncio.create_task(limit(scope(x="1"), chunks(3000), nothing)) for _ in "123"]
+        await asyncio.sleep(0.05)
+        with pytest.raises(HTTPProblem, match="uploads"):
+            await limit(scope(x="1"), chunks(3000), nothing)
+        app.gate.set()
+        await asyncio.gather(*waiting)
+        assert limit.pending == 0
+
+    monkeypatch.setattr(middleware, "MAX_BODIES", 10_000)
+    run(story)
+
+
 # The others.
 
 
