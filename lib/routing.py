@@ -1,4 +1,4 @@
-"""Middleware that works out at start what FastAPI works out for each request.
+"""Middleware that works out once what FastAPI works out for each request.
 
     app = FastAPI(middleware=[Middleware(RequestLog), …, Middleware(PreparedRoutes)])  # the last
 
