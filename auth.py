@@ -26,7 +26,7 @@ JWKS_URL = os.environ.get("JWT_JWKS_URL") or ""
 ISSUER = os.environ.get("JWT_ISSUER") or None
 AUDIENCE = os.environ.get("JWT_AUDIENCE") or None
 USER_CLAIM = os.environ.get("JWT_USER_CLAIM") or "sub"
-# Not by BETTER_AUTH_SECRET: whoever registers here would be let into the frontend too.
+# Not with BETTER_AUTH_SECRET: the frontend would take tokens we issue for its own.
 ACCOUNTS = bool(JWT_SECRET) and os.environ.get("ACCOUNTS") != "off"
 
 MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
@@ -147,7 +147,7 @@ def read_claims(claims: dict[str, Any]) -> tuple[str, float]:
 
 
 def is_account_id(user_id: str) -> bool:
-    """Whether there are accounts, and this is the id of one. No outside token may name one."""
+    """Whether an account may have this id (a UUIDv7). No outside token may name one."""
     return ACCOUNTS and bool(UUID_V7.fullmatch(user_id))
 
 
@@ -163,7 +163,7 @@ def issue_token(user_id: str) -> str:
 
 
 async def identify(scope: Scope) -> bool:
-    """Whether the token is good. Sets state's user_id (RequestLog: None) or unauthorized."""
+    """Whether the token is good. Sets state's user_id (None until then), or unauthorized."""
     state = scope["state"]
     sent = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, token = sent[0].decode("latin-1").partition(" ") if sent else ("", "", "")

@@ -122,7 +122,7 @@ async def insert_task(
 
 
 # Fields that were not sent stay. The update is HOT, as no index has these columns.
-# now() is when this began. If it waited for an update that began later, that time stays.
+# now() is the start of this UPDATE: one that began later may have been first to write.
 UPDATE_TASK = Statement("UPDATE_TASK", f"""
 UPDATE tasks
 SET {", ".join(f"{n} = CASE WHEN %(sets_{n})s THEN %({n})s ELSE {n} END" for n in WRITABLE)},
@@ -267,7 +267,7 @@ async def stop() -> None:
 
 
 async def fetch(statement: Statement, **values: Value) -> Rows:
-    """The rows. One user's slow statements hold up nobody else's."""
+    """The rows. One user's slow statements run one at a time."""
     pool = reads if statement.reads_only else writes
     return await pool.execute(statement, values, user_id=str(values.get("user_id", "")))
 

@@ -148,7 +148,7 @@ TASK_NOT_FOUND = HTTPProblem(404, "Task not found", "task_not_found")  # or is a
 IDENTITY_MISMATCH = HTTPProblem(403, "User identity mismatch", reason="the path of another user")
 ACCOUNT_GONE = Unauthorized(description="the account of this token has been deleted")
 
-# Start of the path, replacement, type of the body or any; each is tried on the last result.
+# Pattern at the start, replacement, body type (b"": any); each on the result of the last.
 ALIASES = [
     (r"/(?:api/(?:v1/)?)?(?:tasks|todos)(?=/|$)", "/tasks", b""),
     (r"/tasks/create$", "/tasks", b""),
@@ -185,8 +185,8 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.ErrorResponses, respond=respond),  # a problem for each exception
         Middleware(middleware.CanonicalPath, aliases=ALIASES, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
-        Middleware(middleware.ConcurrencyLimit, applies_to=has_token_for_tasks),  # 64 in all
-        Middleware(PreparedRoutes),  # what FastAPI does, in half the time
+        Middleware(middleware.ConcurrencyLimit, applies_to=has_token_for_tasks),  # up to 64
+        Middleware(PreparedRoutes),  # FastAPI's routing, in a third of the time
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
@@ -207,7 +207,7 @@ async def own_path(user_id: str, me: CurrentUser) -> None:
 
 
 def route(method: str, path: str, **options: Any) -> Decorator:
-    """Registers a route under both roots. Only own_path() gets the `user_id` of the path."""
+    """Registers both roots. user_id is the token's, and only in own_path() the path's."""
     options |= {"methods": [method], "tags": ["tasks"]}
     refusals = openapi.errors(TASK_NOT_FOUND) if "{task_id}" in path else {}
     of_user: Any = {
@@ -307,7 +307,7 @@ async def delete_task(user_id: CurrentUser, task_id: UUID, conditions: IfConditi
 async def respond_written(
     task: db.Task | None, user_id: str, task_id: UUID, conditions: Conditions
 ) -> Response:
-    """The written task. For None, always raises: 412 if the task exists, or 404."""
+    """The written task. For None raises 412 if If-Match refused one, or else 404."""
     if task:
         return Response(task.json, 200, {"ETag": task.etag}, "application/json")
     if conditions.versions(db.SHAPE) is not None and await db.select_task(user_id, task_id):
@@ -405,7 +405,7 @@ async def root(request: Request) -> Response:
     return welcome.respond(request, {"name": "todo", "version": VERSION, "docs": "/docs"})
 
 
-if __name__ == "__main__":  # development: a new process
+if __name__ == "__main__":  # serves from a new process
     keys = ("JWT_SECRET", "BETTER_AUTH_SECRET", "JWT_JWKS_URL")
     develop.run("main:app", Path(__file__).resolve().parent, keys)
 else:  # a server imports us

@@ -40,8 +40,8 @@ CREATE TABLE IF NOT EXISTS users (
 );
 
 -- The primary key begins with the owner, and every statement names the owner, so none reaches
--- another user's task, and Citus can shard by user_id. Reads, pages and updates need no other:
--- "newest first" is its backward scan. One on completed would end updates that touch none (HOT).
+-- another user's task, and Citus can shard by user_id. No other index is needed: "newest first"
+-- is a backward scan of this one. One on completed would make each toggle write to indexes.
 --
 -- version counts the writes to a task and becomes its ETag. updated_at cannot, as two writes may
 -- share a microsecond. fillfactor leaves 10 % of each page free for HOT updates.
@@ -70,7 +70,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency_key ON tasks (user_id, idemp
 
 -- Changes to tables that exist, oldest first. Each can be applied again.
 
--- 1.1: the index is on the e-mail as stored; auth.py lowers new ones, and lower() once the old.
+-- 1.1: e-mails are stored in lower case. Those of 1.0 are lowered while its index is there.
 UPDATE users SET email = lower(email) WHERE to_regclass('users_email_key') IS NOT NULL;
 CREATE UNIQUE INDEX IF NOT EXISTS users_email_unique ON users (email);
 DROP INDEX IF EXISTS users_email_key;
