@@ -5,29 +5,40 @@ takes only the secret, the others only the keys behind JWT_JWKS_URL.
 """
 
 import hashlib
-import os
 import re
 from time import time
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jwt
 from fastapi import Request
 from fastapi.security import HTTPBearer, OAuth2PasswordBearer
-from starlette.types import Scope
 
 from lib.jwks import KeySet
 from lib.passwords import Passwords
 from lib.problems import Unauthorized
 from lib.ratelimit import RateLimiter, parse_limit
+from lib.settings import BaseSettings
+from lib.state import state_of
 
-JWT_SECRET = os.environ.get("JWT_SECRET") or ""
-SECRET = JWT_SECRET or os.environ.get("BETTER_AUTH_SECRET") or ""
-JWKS_URL = os.environ.get("JWT_JWKS_URL") or ""
-ISSUER = os.environ.get("JWT_ISSUER") or None
-AUDIENCE = os.environ.get("JWT_AUDIENCE") or None
-USER_CLAIM = os.environ.get("JWT_USER_CLAIM") or "sub"
+
+class Settings(BaseSettings):
+    jwt_secret: str = ""
+    better_auth_secret: str = ""
+    jwt_jwks_url: str = ""
+    jwt_issuer: str | None = None
+    jwt_audience: str | None = None
+    jwt_user_claim: str = "sub"
+    accounts: Literal["on", "off"] | None = None
+    rate_limit: str = "600/minute"
+    rate_limit_storage_uri: str = ""
+
+
+settings = Settings.load()
+SECRET = settings.jwt_secret or settings.better_auth_secret
+JWKS_URL, USER_CLAIM = settings.jwt_jwks_url, settings.jwt_user_claim
+ISSUER, AUDIENCE = settings.jwt_issuer, settings.jwt_audience
 # Not with BETTER_AUTH_SECRET: the frontend would take tokens we issue for its own.
-ACCOUNTS = bool(JWT_SECRET) and os.environ.get("ACCOUNTS") != "off"
+ACCOUNTS = bool(settings.jwt_secret) and settings.accounts != "off"
 
 MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
 ALGORITHMS = ("EdDSA", "ES256", "RS256")  # of JWT_JWKS_URL
@@ -40,14 +51,14 @@ TOKEN_CACHE_SIZE = 10_000  # tokens, of 260 bytes each
 MIN_PASSWORD, MAX_PASSWORD = 8, 72  # bytes: bcrypt reads no further
 BCRYPT_COST = 12  # 0.24 s of a core
 MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # passwords at a time, and those that wait: for 2.4 s
-USER_LIMIT = parse_limit(os.environ.get("RATE_LIMIT", "600/minute"), "RATE_LIMIT")  # "" is none
+USER_LIMIT = parse_limit("" if settings.rate_limit == "off" else settings.rate_limit, "RATE_LIMIT")
 ACCOUNT_LIMIT = parse_limit("10/minute")  # logins and registrations with one e-mail
 ADDRESS_LIMIT = parse_limit("100/minute")  # logins and registrations from one IP address
 
 COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
 UUID_V7 = re.compile(r"[0-9a-f-]{14}7[0-9a-f-]{21}")  # as accounts have
 
-limiter = RateLimiter(os.environ.get("RATE_LIMIT_STORAGE_URI"))
+limiter = RateLimiter(settings.rate_limit_storage_uri)
 key_set = KeySet(JWKS_URL, ALGORITHMS)
 passwords = Passwords(BCRYPT_COST, MAX_HASHING, MAX_HASHING_QUEUE)
 
@@ -57,15 +68,13 @@ def check_settings() -> None:
     if not SECRET and not JWKS_URL:
         raise SystemExit("JWT_SECRET, BETTER_AUTH_SECRET or JWT_JWKS_URL has to be set")
     if SECRET and len(SECRET.encode()) < MIN_SECRET:
-        name = "JWT_SECRET" if JWT_SECRET else "BETTER_AUTH_SECRET"
+        name = "JWT_SECRET" if settings.jwt_secret else "BETTER_AUTH_SECRET"
         raise SystemExit(f"{name} is shorter than 32 bytes: `openssl rand -base64 32` makes one")
     if JWKS_URL and not re.match(r"https?://[^/\s]", JWKS_URL):
         raise SystemExit("JWT_JWKS_URL is not an http or https URL")
     if USER_CLAIM in {"exp", "iat", "nbf", "iss", "aud", "jti"}:
         raise SystemExit("JWT_USER_CLAIM names a claim that holds no user")
-    if os.environ.get("ACCOUNTS", "") not in {"", "on", "off"}:
-        raise SystemExit("ACCOUNTS is neither on nor off")
-    if os.environ.get("ACCOUNTS") == "on" and not JWT_SECRET:
+    if settings.accounts == "on" and not settings.jwt_secret:
         raise SystemExit("ACCOUNTS is on, and JWT_SECRET is not set")
 
 
@@ -162,20 +171,6 @@ def issue_token(user_id: str) -> str:
 # The user of a request.
 
 
-async def identify(scope: Scope) -> bool:
-    """Whether the token is good. Sets state's user_id (None until then), or unauthorized."""
-    state = scope["state"]
-    sent = [value for name, value in scope["headers"] if name == b"authorization"]
-    scheme, _, token = sent[0].decode("latin-1").partition(" ") if sent else ("", "", "")
-    try:
-        if len(sent) != 1 or scheme.lower() != "bearer":
-            raise Unauthorized("invalid_token" if sent else "not_authenticated")
-        state["user_id"] = await verify_once(token)
-    except Unauthorized as error:
-        state["unauthorized"] = error
-    return state["user_id"] is not None
-
-
 class UserFromToken(OAuth2PasswordBearer):
     """The dependency that gives the user id. Its base class is for OpenAPI alone.
 
@@ -183,10 +178,13 @@ class UserFromToken(OAuth2PasswordBearer):
     """
 
     async def __call__(self, request: Request) -> str:  # type: ignore[override]  # never None
-        state = request.scope["state"]  # middleware may have called identify()
-        if "unauthorized" in state or not (state["user_id"] or await identify(request.scope)):
-            raise state["unauthorized"]
-        user_id: str = state["user_id"]
+        sent = [value for name, value in request.scope["headers"] if name == b"authorization"]
+        if not sent:
+            raise Unauthorized("not_authenticated")
+        scheme, _, token = sent[0].decode("latin-1").partition(" ")
+        if len(sent) > 1 or scheme.lower() != "bearer":
+            raise Unauthorized
+        user_id = state_of(request.scope).user_id = await verify_once(token)
         await limiter.hit("user", USER_LIMIT, user_id)
         return user_id
 

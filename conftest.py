@@ -254,7 +254,7 @@ def outside(**settings: str) -> dict[str, str]:
 def environment(database: str, **settings: str) -> dict[str, str]:
     """The environment of a service on the database. These settings win over the usual ones."""
     usual = {"DATABASE_URL": database, "JWT_SECRET": SECRET, "RATE_LIMIT": "1000000/minute"}
-    return outside(**usual | settings)
+    return outside(**dict.fromkeys(SETTINGS, "") | usual | settings)  # "" keeps a .env away
 
 
 def uvicorn(port: int) -> list[str]:

@@ -6,7 +6,6 @@ with SELECT only reads. The values in a row are bytes.
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -14,6 +13,14 @@ from uuid import UUID
 from lib.pipeline import ConnectionPool, ForeignKeyViolation, PipelinePool, Rows, Statement, Value
 from lib.postgres import connection_string, prepare_database
 from lib.rows import cut_array, to_json
+from lib.settings import BaseSettings
+
+
+class Settings(BaseSettings):
+    database_url: str = ""  # required, but for `python main.py`
+
+
+settings = Settings.load()
 
 # What a client may write, and what an answer shows (id first). A new field goes into WRITABLE.
 WRITABLE = ["title", "description", "completed"]
@@ -245,7 +252,7 @@ async def ping() -> None:
 # Prepared at start, so that a mistake in one shows.
 STATEMENTS = [each for each in list(globals().values()) if isinstance(each, Statement)]
 
-connections = ConnectionPool(lambda: connection_string(os.environ), max_size=8)
+connections = ConnectionPool(lambda: connection_string(settings.database_url), max_size=8)
 # Reads are bound by our CPU: 2 connections do, with up to 16 statements under way on each. Commits
 # on one connection wait for the disk in turn, so writes get 6. A write that waits for a lock must
 # not hold up reads, so each has a pool.
@@ -256,7 +263,7 @@ writes = PipelinePool(connections, size=6, max_pipeline=4)
 async def start() -> None:
     """Waits for the database, applies a schema.sql that is not the last applied, connects."""
     schema = Path(__file__).with_name("schema.sql")
-    await prepare_database(connection_string(os.environ), schema, "tasks", STATEMENTS)
+    await prepare_database(connection_string(settings.database_url), schema, "tasks", STATEMENTS)
     await connections.open()
 
 

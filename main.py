@@ -23,7 +23,6 @@ The task routes stand under /api/{user_id}/tasks too, where {user_id} is the tok
 
 import hashlib
 import json
-import os
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from pathlib import Path
@@ -37,16 +36,36 @@ from pydantic import AfterValidator, AliasChoices, Field, StrictBool, StringCons
 from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.types import Scope
 
 import auth
 import db
-from lib import develop, logs, middleware, openapi, postgres, problems, startup, welcome
+from lib import (
+    cors,
+    develop,
+    logs,
+    middleware,
+    openapi,
+    pipeline,
+    postgres,
+    problems,
+    startup,
+    welcome,
+)
 from lib.headers import PRECONDITION_FAILED, Conditions, IdempotencyKey, IfConditions, next_link
-from lib.problems import HTTPProblem, Problem, Unauthorized
+from lib.paths import CanonicalPath
+from lib.problems import RETRY, HTTPProblem, Problem, Unauthorized
 from lib.routing import PreparedRoutes
+from lib.settings import BaseSettings
 
 VERSION = "1.1.0"
+
+
+class Settings(BaseSettings):
+    cors_origins: str = ""
+    fastapi_otel_auto_configure: bool = False  # FastAPI reads it too
+
+
+settings = Settings.load()
 
 # Schemas (no tables). A field's title and description are its error message.
 
@@ -165,11 +184,15 @@ ALIASES = [
 CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no alias changes these
 
 
-async def has_token_for_tasks(scope: Scope) -> bool:
-    return scope["path"].startswith(("/tasks", "/api/")) and await auth.identify(scope)
+EXCEPTIONS: dict[type[Exception], HTTPProblem] = {
+    pipeline.Unavailable: HTTPProblem(503, "The database is not available", "unavailable", RETRY),
+    pipeline.InvalidValue: HTTPProblem(422, "The database cannot store this", "invalid_value"),
+    pipeline.UniqueViolation: HTTPProblem(409, "There is one like this already"),
+    pipeline.ForeignKeyViolation: ACCOUNT_GONE,
+    pipeline.UnexpectedError: HTTPProblem(500, "Internal server error"),
+}
 
-
-respond = problems.responder(MESSAGES, bad_path=TASK_NOT_FOUND, foreign_key=ACCOUNT_GONE)
+respond = problems.responder(MESSAGES, TASK_NOT_FOUND, EXCEPTIONS)
 app = openapi.DocumentedAPI(
     {"accounts": "Users and tokens.", "tasks": "A user's tasks.", "service": "The service itself."},
     title="Todo",
@@ -178,14 +201,13 @@ app = openapi.DocumentedAPI(
     responses={"4XX": {"model": Problem}},
     generate_unique_id_function=lambda r: r.name + "_of_user" * r.path.startswith("/api/"),
     lifespan=startup.lifespan(db.start, db.stop),
-    telemetry=startup.telemetry(),
+    telemetry=startup.telemetry(settings.fastapi_otel_auto_configure),
     middleware=[  # outermost first
         Middleware(middleware.RequestLog),  # an id, and a line in the log
-        *middleware.cors(os.environ.get("CORS_ORIGINS", ""), "CORS_ORIGINS"),
+        *cors.cors(settings.cors_origins, "CORS_ORIGINS"),
         Middleware(middleware.ErrorResponses, respond=respond),  # a problem for each exception
-        Middleware(middleware.CanonicalPath, aliases=ALIASES, unless=CANONICAL),
+        Middleware(CanonicalPath, aliases=ALIASES, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
-        Middleware(middleware.ConcurrencyLimit, applies_to=has_token_for_tasks),  # up to 64
         Middleware(PreparedRoutes),  # FastAPI's routing, in a third of the time
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
@@ -411,4 +433,4 @@ if __name__ == "__main__":  # serves from a new process
 else:  # a server imports us
     logs.configure()
     auth.check_settings()
-    postgres.connection_string(os.environ)  # stops the start if wrong
+    postgres.connection_string(db.settings.database_url)  # stops the start if wrong

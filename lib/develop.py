@@ -32,7 +32,7 @@ def run(app: str, folder: Path, settings_for_tokens: tuple[str, ...]) -> None:
         signal.signal(number, lambda *_: sys.exit(0))
     home, token, environ = folder / ".data", settings_for_tokens[0], os.environ
     try:
-        from dotenv import load_dotenv
+        from dotenv import load_dotenv  # pydantic-settings brings it
 
         load_dotenv(folder / ".env")
         with listen(environ.get("PORT") or "8000") as listener, ExitStack() as stack:

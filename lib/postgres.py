@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -36,12 +36,12 @@ class NotReady(Exception):
     """The service cannot start. The argument is one line for its operator."""
 
 
-def connection_string(environment: Mapping[str, str]) -> str:
+def connection_string(database_url: str) -> str:
     """DATABASE_URL over our defaults, without the parameters that only Prisma knows.
 
     Raises SystemExit with one line, and without the value: that may hold a password.
     """
-    url = OF_PRISMA.sub("", environment.get("DATABASE_URL") or "").rstrip("?&")
+    url = OF_PRISMA.sub("", database_url).rstrip("?&")
     if not url:
         raise SystemExit("DATABASE_URL is not set: the service needs a PostgreSQL database")
     ours: dict[str, Any] = {"application_name": "todo", "client_encoding": "utf8"}

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Scope
 
-from lib import pipeline
+from lib.state import state_of
 
 Respond = Callable[[Request, Exception], Awaitable[Response]]
 PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # newer than Python 3.11's
@@ -70,12 +70,6 @@ class HTTPProblem(HTTPException):
 
 
 RETRY = {"Retry-After": "2"}
-TRANSLATIONS = {
-    pipeline.Unavailable: HTTPProblem(503, "The database is not available", "unavailable", RETRY),
-    pipeline.InvalidValue: HTTPProblem(422, "The database cannot store this", "invalid_value"),
-    pipeline.UniqueViolation: HTTPProblem(409, "There is one like this already"),
-    pipeline.UnexpectedError: HTTPProblem(500, "Internal server error"),
-}
 
 
 class Unauthorized(HTTPProblem):
@@ -108,25 +102,26 @@ def messages_of(*schemas: type[SQLModel]) -> dict[str, str]:
 
 
 def responder(
-    messages: Mapping[str, str], bad_path: HTTPProblem, foreign_key: HTTPProblem
+    messages: Mapping[str, str],
+    bad_path: HTTPProblem,
+    exceptions: Mapping[type[Exception], HTTPProblem],
 ) -> Respond:
     """An exception handler for all exceptions.
 
-    `messages` has a sentence for each field. `bad_path` answers a path with a value
-    that cannot be, and `foreign_key` a ForeignKeyViolation. The log gets the reason: what the
-    pipeline's exceptions say holds no input.
+    `messages` has a sentence for each field. `bad_path` answers a path with a value that cannot
+    be. `exceptions` are those of the host: what they say goes to the log, so it may hold no input.
     """
 
     async def respond(request: Request, error: Exception) -> Response:
-        scope, state = request.scope, request.scope["state"]
-        missing = isinstance(error, pipeline.ForeignKeyViolation)
-        problem = foreign_key if missing else to_problem(error, messages, bad_path)
+        scope, state = request.scope, state_of(request.scope)
+        known = exceptions.get(type(error))
+        problem = known or to_problem(error, messages, bad_path)
         problem.__traceback__ = problem.__context__ = None  # a constant would gather them
-        state["reason"] = problem.reason or (str(error) if type(error) in TRANSLATIONS else "")
+        state.reason = problem.reason or (str(error) if known else "")
         headers = dict(problem.headers or {})
         if problem.status_code == 405:  # Starlette names the methods of one route
             headers["Allow"] = ", ".join(allowed_methods(scope))
-        body = json.dumps(problem.members(state["request_id"]))
+        body = json.dumps(problem.members(state.request_id))
         return Response(body, problem.status_code, headers, "application/problem+json")
 
     return respond
@@ -142,7 +137,7 @@ def to_problem(error: Exception, messages: Mapping[str, str], bad_path: HTTPProb
     if isinstance(error, HTTPException):
         return HTTPProblem(error.status_code, str(error.detail), headers=error.headers)
     if not isinstance(error, RequestValidationError):
-        return TRANSLATIONS.get(type(error), TRANSLATIONS[pipeline.UnexpectedError])
+        return HTTPProblem(500, "Internal server error")
     errors = []
     for each in error.errors():
         name = str(each["loc"][-1])

@@ -24,6 +24,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lib.state import state_of
+
 SOURCES = ("path", "query", "header")
 JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 HANDLED = {  # by the code below; a function that needs more is left to FastAPI
@@ -70,7 +72,7 @@ def prepare(route: Any) -> ASGIApp:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
-        sent: Values = {"path": scope["path_params"], "header": scope["state"]["headers"]}
+        sent: Values = {"path": scope["path_params"], "header": state_of(scope).headers}
         sent["query"] = request.query_params if scope["query_string"] else {}
         results: Values = {}
         errors: list[Any] = []
@@ -170,7 +172,7 @@ async def read_json(field: ModelField, request: Request, errors: list[Any]) -> A
 
     Raises HTTPException(415), and RequestValidationError where it is not JSON as in RFC 8259.
     """
-    content = request.scope["state"].get("body")  # BodyLimit's: a stream takes 8 us
+    content = state_of(request.scope).body  # BodyLimit's: a stream takes 8 us
     if content is None:
         content = await request.body()
     if content and not JSON_TYPE.match(request.headers.get("content-type", "")):

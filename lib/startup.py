@@ -48,8 +48,7 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
     return run
 
 
-def telemetry() -> TelemetryConfig:
+def telemetry(automatic: bool) -> TelemetryConfig:
     """FastAPI's setting: off where nobody has set up OpenTelemetry, as it takes 8 us a request."""
-    automatic = os.environ.get("FASTAPI_OTEL_AUTO_CONFIGURE", "").lower() == "true"
     on = automatic or not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
     return {"tracing": on, "metrics": on, "logs": on}

@@ -13,8 +13,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from lib import logs, middleware
-from lib.middleware import BodyLimit, ConcurrencyLimit, ErrorResponses, RequestLog
+from lib.middleware import BodyLimit, ErrorResponses, RequestLog
 from lib.problems import HTTPProblem
+from lib.state import RequestState, state_of
 
 parametrize = pytest.mark.parametrize
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
@@ -23,7 +24,9 @@ END: Message = {"type": "http.response.body", "body": b""}
 
 def scope(**headers: str) -> Scope:
     sent = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
-    return {"type": "http", "method": "POST", "state": {"headers": sent}, "headers": []}
+    state = RequestState(sent, "id", "192.0.2.1", None if sent else b"")
+    http: dict[str, Any] = {"type": "http", "method": "POST", "headers": [], "client": None}
+    return http | {"state": {"request": state}}
 
 
 async def nothing(*_: Any) -> Any:
@@ -32,10 +35,6 @@ async def nothing(*_: Any) -> Any:
 
 async def never() -> Any:
     await asyncio.sleep(60)
-
-
-async def for_all(_: Scope) -> bool:
-    return True
 
 
 class App:
@@ -48,7 +47,7 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.inside += 1
         self.most = max(self.most, self.inside)
-        if scope["state"]["headers"]:
+        if state_of(scope).headers:
             await receive()
         await self.gate.wait()
         self.inside -= 1
@@ -59,75 +58,6 @@ class App:
 
 def run(story: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(story(), 20))
-
-
-# ConcurrencyLimit.
-
-
-def test_64_requests_at_a_time_are_in_the_framework_and_all_are_answered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(middleware, "STALLED", 5)  # seconds: a busy machine stands still for some
-
-    async def story() -> None:
-        app = App()
-        limit = ConcurrencyLimit(app, for_all)
-        calls = [asyncio.create_task(limit(scope(), nothing, nothing)) for _ in range(300)]
-        await asyncio.sleep(0.05)
-        assert app.inside == 64
-        app.gate.set()
-        await asyncio.gather(*calls)
-        assert (app.most, app.answered) == (64, 300)
-
-    run(story)
-
-
-@parametrize("fails", [False, True])
-def test_a_request_that_has_ended_leaves_its_place_to_the_next(fails: bool) -> None:
-    async def story() -> None:
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            if fails:
-                raise RuntimeError
-            await send(START)
-
-        limit = ConcurrencyLimit(app, for_all)
-        async with asyncio.timeout(0.2):  # so nobody waits until the limit is off
-            for _ in range(200):
-                await asyncio.gather(limit(scope(), nothing, nothing), return_exceptions=True)
-
-    run(story)
-
-
-def test_requests_get_through_when_none_is_answered() -> None:
-    async def story() -> None:
-        app = App()
-        limit = ConcurrencyLimit(app, for_all)
-        calls = [asyncio.create_task(limit(scope(), nothing, nothing)) for _ in range(100)]
-        await asyncio.sleep(0.4)
-        assert app.inside == 100
-        app.gate.set()
-        await asyncio.gather(*calls)
-
-    run(story)
-
-
-def test_a_client_that_does_not_read_or_write_takes_no_place() -> None:
-    async def story() -> None:
-        async def stuck(message: Message) -> None:
-            await asyncio.sleep(60)
-
-        app = App()
-        app.gate.set()
-        limit, upload = ConcurrencyLimit(app, for_all), scope(content_length="9")
-        slow = [asyncio.create_task(limit(scope(), nothing, stuck)) for _ in range(64)]
-        slow += [asyncio.create_task(limit(upload, never, nothing)) for _ in range(64)]
-        await asyncio.sleep(0.05)
-        async with asyncio.timeout(0.2):
-            await limit(scope(), nothing, nothing)
-        for call in slow:
-            call.cancel()
-
-    run(story)
 
 
 # BodyLimit.
@@ -207,28 +137,6 @@ def test_a_body_counts_until_its_request_has_ended(monkeypatch: pytest.MonkeyPat
 
 
 # The others.
-
-
-def test_one_more_than_may_wait_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story() -> None:
-        async def applies(scope: Scope) -> bool:
-            return True
-
-        limit = ConcurrencyLimit(nobody, applies)
-        limit.free = 0
-        waiting = [asyncio.create_task(limit.enter()) for _ in range(3)]
-        await asyncio.sleep(0)
-        with pytest.raises(HTTPProblem) as refused:
-            await limit.enter()
-        assert refused.value.status_code == 503
-        for task in waiting:
-            task.cancel()
-
-    async def nobody(scope: Scope, receive: Receive, send: Send) -> None:
-        pass
-
-    monkeypatch.setattr(middleware, "MAX_WAITING", 3)
-    run(story)
 
 
 @parametrize(("error", "calls"), [(ClientDisconnect(), 0), (ValueError(), 1)])

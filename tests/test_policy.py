@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any
 
 import jwt
 import pytest
+from fastapi import Request
 from limits import parse
 
 from conftest import HERE, NOBODYS_ID, SECRET, SETTINGS, Issuer, outside
@@ -25,6 +26,7 @@ from lib import jwks, ratelimit
 from lib.jwks import KeySet
 from lib.problems import HTTPProblem, Unauthorized
 from lib.ratelimit import RateLimiter
+from lib.state import RequestState
 
 for name in SETTINGS:
     os.environ.pop(name, None)
@@ -156,8 +158,10 @@ def test_accounts_take_a_secret_of_their_own(settings: dict[str, str], accounts:
 ])  # fmt: skip
 def test_one_bearer_token_is_taken_and_nothing_else(schemes: list[str], is_good: bool) -> None:
     headers = [(b"authorization", f"{scheme} {signed()}".encode()) for scheme in schemes]
-    scope: Any = {"headers": headers, "state": {"user_id": None}}
-    assert asyncio.run(auth.identify(scope)) is is_good
+    state = RequestState({}, "id", "192.0.2.1", b"")
+    scope: Any = {"type": "http", "headers": headers, "state": {"request": state}}
+    with nullcontext() if is_good else pytest.raises(Unauthorized):
+        asyncio.run(auth.current_user(Request(scope)))
 
 
 # Passwords.

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 import psycopg
 import pytest
+from fastapi import Request
 from httpx import Client, Response
 from limits import parse
 from psycopg.conninfo import make_conninfo
@@ -67,6 +68,7 @@ from lib.pipeline import Statement
 from lib.problems import HTTPProblem
 from lib.protocol import Protocol
 from lib.ratelimit import RateLimiter
+from lib.state import RequestState
 
 parametrize = pytest.mark.parametrize
 TITLE = {"title": "x"}
@@ -614,9 +616,9 @@ def test_a_header_sent_twice_leaves_the_token_cache_on(monkeypatch: pytest.Monke
     sent = uuid.uuid4().hex.encode()
     headers = [(b"x", b"1"), (b"authorization", b"Bearer " + sent), (b"x", b"2")]
     for _ in range(3):
-        state: dict[str, Any] = {"user_id": None}
-        assert asyncio.run(auth.identify({"headers": headers, "state": state}))
-        assert state["user_id"] == "u"
+        state = RequestState({}, "id", "192.0.2.1", b"")
+        scope: Any = {"type": "http", "headers": headers, "state": {"request": state}}
+        assert asyncio.run(auth.current_user(Request(scope))) == state.user_id == "u"
     assert verified == 1
 
 
