@@ -2,7 +2,7 @@
 
 TEST_POSTGRES=16 python -m pytest       uses the PostgreSQL 16 that pip installed, and not its 18
 TEST_DATABASE_URL=… python -m pytest    uses that database: its name must end in _test, and its
-                                        tables are dropped
+                                        schema todo is dropped
 """
 
 import asyncio
@@ -88,11 +88,11 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def database(postgres: str) -> str:
-    """The same database without the service's tables. Only a database for tests is accepted."""
+    """The same database without the service's schema. Only a database for tests is accepted."""
     name = str(conninfo_to_dict(postgres)["dbname"])
     assert name.endswith("_test"), "the name of the tests' database must end in _test"
     with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute("DROP TABLE IF EXISTS tasks, users")
+        connection.execute("DROP SCHEMA IF EXISTS todo CASCADE")
         if has_citus(connection):  # there the tables have to be distributed by hand
             connection.execute((HERE / "schema.sql").read_bytes())
             distribute(connection)

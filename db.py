@@ -44,7 +44,7 @@ class Task(NamedTuple):
 # tasks_pkey serves every statement on tasks but INSERT.
 SELECT_TASK = Statement("SELECT_TASK", f"""
 SELECT {COLUMNS}, version
-FROM tasks
+FROM todo.tasks
 WHERE user_id = %(user_id)s AND id = %(task_id)s
 """)
 
@@ -61,7 +61,7 @@ SELECT_TASKS = Statement("SELECT_TASKS", f"""
 SELECT '[' || coalesce(string_agg(row_to_json(page)::text, E',\\n'), '') || ']', count(*)
 FROM (
     SELECT {COLUMNS}
-    FROM tasks
+    FROM todo.tasks
     WHERE user_id = %(user_id)s
         AND id < coalesce(%(after)s, 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid)
         AND (completed = %(completed)s OR %(completed)s IS NULL)
@@ -92,7 +92,7 @@ class Stored(NamedTuple):
 # A known Idempotency-Key makes this an update that changes nothing, as DO NOTHING returns no row.
 # xmax is 0 in a new row only. The same key with other fields returns no row.
 INSERT_TASK = Statement("INSERT_TASK", f"""
-INSERT INTO tasks (user_id, {", ".join(WRITABLE)}, idempotency_key, idempotency_digest)
+INSERT INTO todo.tasks (user_id, {", ".join(WRITABLE)}, idempotency_key, idempotency_digest)
 VALUES (%(user_id)s, {", ".join(f"%({field})s" for field in WRITABLE)}, %(key)s, %(digest)s)
 ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
 DO UPDATE SET idempotency_key = excluded.idempotency_key
@@ -101,7 +101,7 @@ RETURNING {COLUMNS}, version, xmax <> 0
 """)
 
 INSERT_OWNER = Statement("INSERT_OWNER", """
-INSERT INTO users (id)
+INSERT INTO todo.users (id)
 VALUES (%(user_id)s)
 ON CONFLICT (id) DO NOTHING
 """)
@@ -131,7 +131,7 @@ async def insert_task(
 # Fields that were not sent stay. The update is HOT, as no index has these columns.
 # now() is the start of this UPDATE: one that began later may have been first to write.
 UPDATE_TASK = Statement("UPDATE_TASK", f"""
-UPDATE tasks
+UPDATE todo.tasks
 SET {", ".join(f"{n} = CASE WHEN %(sets_{n})s THEN %({n})s ELSE {n} END" for n in WRITABLE)},
     version = version + 1,
     updated_at = greatest(now(), updated_at)
@@ -155,7 +155,7 @@ async def update_task(
 
 # `NOT completed` is read and written under the row's lock: no toggle is lost to another.
 TOGGLE_TASK = Statement("TOGGLE_TASK", f"""
-UPDATE tasks
+UPDATE todo.tasks
 SET completed = coalesce(%(completed)s, NOT completed),
     version = version + 1,
     updated_at = greatest(now(), updated_at)
@@ -175,7 +175,7 @@ async def toggle_task(
 
 
 DELETE_TASK = Statement("DELETE_TASK", """
-DELETE FROM tasks
+DELETE FROM todo.tasks
 WHERE user_id = %(user_id)s AND id = %(task_id)s
     AND (%(versions)s::bigint[] IS NULL OR version = ANY (%(versions)s))
 RETURNING id
@@ -197,7 +197,7 @@ class Account(NamedTuple):
 
 # A taken e-mail returns no row. An error would name its constraint, which Citus renames.
 INSERT_ACCOUNT = Statement("INSERT_ACCOUNT", """
-INSERT INTO users (email, password_hash)
+INSERT INTO todo.users (email, password_hash)
 VALUES (%(email)s, %(password_hash)s)
 ON CONFLICT (email) DO NOTHING
 RETURNING id, email, created_at, password_hash
@@ -213,7 +213,7 @@ async def insert_account(email: str, password_hash: str) -> Account | None:
 # users_email_unique serves this.
 SELECT_ACCOUNT = Statement("SELECT_ACCOUNT", """
 SELECT id, email, created_at, password_hash
-FROM users
+FROM todo.users
 WHERE email = %(email)s
 """)
 
@@ -226,7 +226,7 @@ async def select_account(email: str) -> Account | None:
 SELECT_USER = Statement("SELECT_USER", """
 SELECT asked.id, email, created_at
 FROM (VALUES (%(user_id)s)) AS asked (id)
-LEFT JOIN users ON users.id = asked.id
+LEFT JOIN todo.users ON users.id = asked.id
 """)
 
 
@@ -263,7 +263,9 @@ writes = PipelinePool(connections, size=6, max_pipeline=4)
 async def start() -> None:
     """Waits for the database, applies a schema.sql that is not the last applied, connects."""
     schema = Path(__file__).with_name("schema.sql")
-    await prepare_database(connection_string(settings.database_url), schema, "tasks", STATEMENTS)
+    await prepare_database(
+        connection_string(settings.database_url), schema, "todo.tasks", STATEMENTS
+    )
     await connections.open()
 
 

@@ -1,35 +1,53 @@
--- The tables, for PostgreSQL 14 to 18. The service applies this file at start when it is not the
--- one that was applied last; `psql "$DATABASE_URL" -f schema.sql` does it by hand. CREATE TABLE IF
--- NOT EXISTS leaves a table that exists as it is. So a change is written twice: in the table, for
--- new databases, and at the end of this file, for those that exist. The limits of the API stand
--- here a second time, as named constraints: whatever else writes to this database meets them too.
+-- The tables, for PostgreSQL 14 to 18. The service applies this file when it starts, unless the
+-- comment on todo.tasks is its SHA-256; `psql "$DATABASE_URL" -f schema.sql` does it by hand. After
+-- a change all of it runs again, so each statement has to allow that. CREATE TABLE IF NOT EXISTS
+-- leaves a table that exists as it is: write a change in the table, for new databases, and at the
+-- end of this file, for those that exist. Write each name with its schema, because a search_path
+-- may lead to another application's tables. The limits of the API stand here a second time, as named
+-- constraints, for whatever else writes to the tables. Only their owner may use a new schema.
+DO $$ BEGIN IF to_regnamespace('todo') IS NULL THEN CREATE SCHEMA todo; END IF; END $$;
 
 -- UUID version 7 (RFC 9562 section 5.7) begins with the time, so the primary key of tasks is also
--- their order. PostgreSQL 18 has uuidv7(); before, this one lays out the same 16 bytes: 6 are the
--- milliseconds, 2 the version (7) and a fraction (section 6.2, method 3), 8 are random.
-DO $block$
-BEGIN
-    IF to_regprocedure('uuidv7()') IS NULL THEN
-        CREATE FUNCTION uuidv7() RETURNS uuid
-        LANGUAGE sql VOLATILE PARALLEL SAFE
-        AS $function$
-            SELECT encode(
-                substring(int8send(microseconds / 1000) FROM 3)
-                || substring(int8send(x'7000'::bigint + microseconds % 1000 * 4096 / 1000) FROM 7)
-                || substring(uuid_send(gen_random_uuid()) FROM 9),
-                'hex'
-            )::uuid
-            FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1e6)::bigint) AS c (microseconds)
-        $function$;
-    END IF;
-END
-$block$;
+-- their order. Its digits are 12 of milliseconds, the version, 3 of a fraction of a millisecond
+-- (section 6.2, method 3), and the last 16 of a random UUID. PostgreSQL 18's takes 1 us less.
+CREATE OR REPLACE FUNCTION todo.uuidv7() RETURNS uuid LANGUAGE sql VOLATILE PARALLEL SAFE
+RETURN overlay(
+    lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000 * 4096)::bigint), 15, '0')
+    || substring(gen_random_uuid()::text FROM 20) PLACING '7' FROM 13 FOR 0
+)::uuid;
+
+-- Releases 1.0 and 1.1 had their tables in public. They move here once, and are told from those of
+-- another application by a column and a foreign key. E-mails get the spelling that auth.py looks
+-- for: in locale C lower() leaves accents, so it gets another collation. Of two e-mails that become
+-- one, the one that is spelled so keeps it, or else the older account gets it.
+DO $move$ BEGIN
+    PERFORM FROM pg_constraint
+    JOIN pg_attribute ON attrelid = conrelid AND attname = 'idempotency_digest'
+    JOIN pg_class ON pg_class.oid = confrelid AND relname = 'users' AND relnamespace = connamespace
+    WHERE conname = 'tasks_user_id_fkey' AND connamespace = to_regnamespace('public');
+    IF NOT FOUND OR to_regclass('todo.users') IS NOT NULL THEN RETURN; END IF;
+    PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true); -- for the foreign key
+    ALTER TABLE public.users SET SCHEMA todo;
+    ALTER TABLE public.tasks SET SCHEMA todo;
+    ALTER TABLE todo.users ALTER COLUMN id SET DEFAULT todo.uuidv7()::text;
+    ALTER TABLE todo.tasks ALTER COLUMN id SET DEFAULT todo.uuidv7();
+    DROP INDEX IF EXISTS todo.users_email_key; -- of 1.0, on lower(email)
+    EXECUTE (
+        SELECT format('UPDATE todo.users SET email = new FROM (
+            SELECT DISTINCT ON (new) id AS first, new
+            FROM todo.users, lower(replace(email, chr(304), ''i'' || chr(775)) COLLATE %I) AS new
+            ORDER BY new, email = new DESC, created_at
+        ) AS found WHERE id = first AND email <> new AND length(new) <= 254', name)
+        FROM unnest('{und-x-icu,pg_unicode_fast,C.utf8,default}'::text[]) WITH ORDINALITY AS name
+        JOIN pg_collation ON collname = name ORDER BY ordinality LIMIT 1
+    );
+END $move$;
 
 -- Whoever owns tasks has a row. A user of an outside issuer gets one with the first task: an id and
--- nothing else. Ids are text because issuers choose them (Auth0: "auth0|…"). E-mails are stored
--- in lower case, by auth.py's rule, and are unique by the index at the end.
-CREATE TABLE IF NOT EXISTS users (
-    id            text        NOT NULL DEFAULT uuidv7()::text,
+-- nothing else. Ids are text because issuers choose them, as Auth0 does with "auth0|5f7c". E-mails
+-- are stored in lower case, as normal_email() in auth.py writes them.
+CREATE TABLE IF NOT EXISTS todo.users (
+    id            text        NOT NULL DEFAULT todo.uuidv7()::text,
     email         text,
     password_hash text,
     created_at    timestamptz NOT NULL DEFAULT now(),
@@ -38,16 +56,17 @@ CREATE TABLE IF NOT EXISTS users (
     CONSTRAINT users_email_length CHECK (length(email) BETWEEN 3 AND 254),
     CONSTRAINT users_account_is_whole CHECK ((email IS NULL) = (password_hash IS NULL))
 );
+CREATE UNIQUE INDEX IF NOT EXISTS users_email_unique ON todo.users (email);
 
--- The primary key begins with the owner, and every statement names the owner, so none reaches
--- another user's task, and Citus can shard by user_id. No other index is needed: "newest first"
--- is a backward scan of this one. One on completed would make each toggle write to indexes.
---
--- version counts the writes to a task and becomes its ETag. updated_at cannot, as two writes may
--- share a microsecond. fillfactor leaves 10 % of each page free for HOT updates.
-CREATE TABLE IF NOT EXISTS tasks (
+-- The primary key begins with the owner, and every statement names the owner, so no statement
+-- reaches another user's task, and Citus can shard by user_id. Reads need no other index: "newest
+-- first" is a backward scan of this one. One on completed would make each toggle write to indexes.
+-- version counts the writes to a task and becomes its ETag, as two writes may share a microsecond.
+-- fillfactor leaves 10 % of each page free, so that an updated row stays in its page and no index
+-- has to be written (HOT, a heap-only tuple).
+CREATE TABLE IF NOT EXISTS todo.tasks (
     user_id     text        NOT NULL,
-    id          uuid        NOT NULL DEFAULT uuidv7(),
+    id          uuid        NOT NULL DEFAULT todo.uuidv7(),
     title       text        NOT NULL,
     description text,
     completed   boolean     NOT NULL DEFAULT false,
@@ -57,20 +76,15 @@ CREATE TABLE IF NOT EXISTS tasks (
     idempotency_key    text,
     idempotency_digest text,
     CONSTRAINT tasks_pkey PRIMARY KEY (user_id, id),
-    CONSTRAINT tasks_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
+    CONSTRAINT tasks_user_id_fkey FOREIGN KEY (user_id) REFERENCES todo.users ON DELETE CASCADE,
     CONSTRAINT tasks_title_length CHECK (length(title) BETWEEN 1 AND 500),
-    CONSTRAINT tasks_title_not_blank CHECK (title ~ '\S'),
+    CONSTRAINT tasks_title_not_blank CHECK (title ~ E'\\S'), -- the API refuses more kinds of space
     CONSTRAINT tasks_description_length CHECK (length(description) <= 5000)
 ) WITH (fillfactor = 90);
 
 -- A retried POST finds the task of its first attempt here; the digest is of what it sent. Tasks
 -- without a key pay nothing. A key lasts as long as its task: deleting the task frees it.
-CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency_key ON tasks (user_id, idempotency_key)
+CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency_key ON todo.tasks (user_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 
 -- Changes to tables that exist, oldest first. Each can be applied again.
-
--- 1.1: e-mails are stored in lower case. Those of 1.0 are lowered while its index is there.
-UPDATE users SET email = lower(email) WHERE to_regclass('users_email_key') IS NOT NULL;
-CREATE UNIQUE INDEX IF NOT EXISTS users_email_unique ON users (email);
-DROP INDEX IF EXISTS users_email_key;

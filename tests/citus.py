@@ -48,8 +48,8 @@ def cluster(programs: str, workers: int) -> Iterator[str]:
 
 def distribute(connection: psycopg.Connection) -> None:
     """Puts a copy of users on every node and divides tasks by user_id. The schema is applied."""
-    connection.execute("SELECT create_reference_table('users')")
-    connection.execute("SELECT create_distributed_table('tasks', 'user_id')")
+    connection.execute("SELECT create_reference_table('todo.users')")
+    connection.execute("SELECT create_distributed_table('todo.tasks', 'user_id')")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from conftest import (
 DATE = "date | None"
 PLACES = [
     ("schema.sql", "    description text,\n", "    due_date    date,\n"),
-    ("schema.sql", None, "ALTER TABLE tasks ADD COLUMN IF NOT EXISTS due_date date;\n"),
+    ("schema.sql", None, "ALTER TABLE todo.tasks ADD COLUMN IF NOT EXISTS due_date date;\n"),
     ("db.py", '"description", "completed"]', '"description", "completed", "due_date"]'),
     ("main.py", "from datetime import datetime", "from datetime import date, datetime"),
     ("main.py", "    description: Description = NOT_SENT\n", f"    due_date: {DATE} = NOT_SENT\n"),

@@ -550,11 +550,11 @@ def collector(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         made = api.post("/tasks", json={"title": SECRET_TITLE})
         assert api.get("/api/me/tasks/" + made.json()["id"]).status_code == 200
         with psycopg.connect(database, autocommit=True) as connection:
-            connection.execute("ALTER TABLE tasks RENAME TO tasks_away")
+            connection.execute("ALTER TABLE todo.tasks RENAME TO tasks_away")
             try:
                 assert api.get("/tasks").status_code == 500
             finally:
-                connection.execute("ALTER TABLE tasks_away RENAME TO tasks")
+                connection.execute("ALTER TABLE todo.tasks_away RENAME TO tasks")
     yield collector
     collector.server.shutdown()
     collector.server.server_close()

@@ -330,7 +330,7 @@ def test_every_acknowledged_write_survives_kill_9(
             stop.set()
             for writer in writers:
                 writer.join()
-    stored = "SELECT id::text, length(title) FROM tasks WHERE user_id = %s"
+    stored = "SELECT id::text, length(title) FROM todo.tasks WHERE user_id = %s"
     with psycopg.connect(database.url) as connection:
         for user in users:
             rows = connection.execute(stored, [user]).fetchall()
@@ -365,7 +365,7 @@ def test_sigterm_lets_requests_finish_and_ends_within_ten_seconds(
     ):
         task = api.post("/tasks", json={"title": "x"}).json()
         stalled.sendall(upload("u", 100) + b"{")
-        other.execute("SELECT 1 FROM tasks WHERE id = %s FOR UPDATE", [task["id"]])
+        other.execute("SELECT 1 FROM todo.tasks WHERE id = %s FOR UPDATE", [task["id"]])
         flying = pool.submit(api.patch, f"/tasks/{task['id']}/toggle")
         time.sleep(0.2)
         server.process.send_signal(signal.SIGTERM)

@@ -93,9 +93,9 @@ def test_text_that_postgresql_cannot_hold_is_an_invalid_value(play: Play, text: 
 
 # Errors.
 
-INSERT_USER = "INSERT INTO users (id) VALUES (%(user)s) RETURNING id"
-INSERT_TASK = "INSERT INTO tasks (user_id, title) VALUES (%(user)s, %(title)s) RETURNING id"
-SELECT_IDS = "SELECT id FROM tasks WHERE user_id = %(user)s"
+INSERT_USER = "INSERT INTO todo.users (id) VALUES (%(user)s) RETURNING id"
+INSERT_TASK = "INSERT INTO todo.tasks (user_id, title) VALUES (%(user)s, %(title)s) RETURNING id"
+SELECT_IDS = "SELECT id FROM todo.tasks WHERE user_id = %(user)s"
 
 
 def test_a_neighbours_error_neither_undoes_a_write_nor_hides_it(play: Play) -> None:
@@ -198,7 +198,7 @@ def test_a_write_that_waits_for_a_lock_holds_up_no_read(database: str, api: Clie
     tasks = [api.post("/tasks", json={"title": "x"}).json()["id"] for _ in range(8)]
     toggle = f"/tasks/{tasks[0]}/toggle"
     with psycopg.connect(database) as other, ThreadPoolExecutor(16) as pool:
-        other.execute("SELECT 1 FROM tasks WHERE id = %s FOR UPDATE", [tasks[0]])
+        other.execute("SELECT 1 FROM todo.tasks WHERE id = %s FOR UPDATE", [tasks[0]])
         stuck = [pool.submit(api.patch, toggle) for _ in range(3)]
         time.sleep(0.1)
         assert {api.get("/tasks/" + id).status_code for id in tasks} == {200}

