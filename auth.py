@@ -1,4 +1,4 @@
-"""Speaks identity: policy, tokens, the user of a request, and passwords.
+"""Identity: settings, tokens, the user of a request, and limits on passwords.
 
 No key serves two algorithms, so no token can choose how a key is used (RFC 8725 section 3.1): HS256
 takes only the secret, the others only the keys behind JWT_JWKS_URL.
@@ -12,33 +12,15 @@ from typing import Any, Literal, NamedTuple
 import jwt
 from fastapi import Request
 from fastapi.security import HTTPBearer, OAuth2PasswordBearer
+from fastapi.security.base import SecurityBase
+from pydantic import ValidationInfo, field_validator
 
 from lib.jwks import KeySet
 from lib.passwords import Passwords
 from lib.problems import Unauthorized
-from lib.ratelimit import RateLimiter, parse_limit
+from lib.ratelimit import LIMIT, RateLimiter, networks, parse_limit
 from lib.settings import BaseSettings
 from lib.state import state_of
-
-
-class Settings(BaseSettings):
-    jwt_secret: str = ""
-    better_auth_secret: str = ""
-    jwt_jwks_url: str = ""
-    jwt_issuer: str | None = None
-    jwt_audience: str | None = None
-    jwt_user_claim: str = "sub"
-    accounts: Literal["on", "off"] | None = None
-    rate_limit: str = "600/minute"
-    rate_limit_storage_uri: str = ""
-
-
-settings = Settings.load()
-SECRET = settings.jwt_secret or settings.better_auth_secret
-JWKS_URL, USER_CLAIM = settings.jwt_jwks_url, settings.jwt_user_claim
-ISSUER, AUDIENCE = settings.jwt_issuer, settings.jwt_audience
-# Not with BETTER_AUTH_SECRET: the frontend would take tokens we issue for its own.
-ACCOUNTS = bool(settings.jwt_secret) and settings.accounts != "off"
 
 MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
 ALGORITHMS = ("EdDSA", "ES256", "RS256")  # of JWT_JWKS_URL
@@ -48,15 +30,67 @@ CLOCK_SKEW = 10  # seconds that an issuer's clock may be ahead (iat, nbf); exp g
 TOKEN_LIFETIME = 86_400  # seconds: nobody can take a token back, so it ends after a day
 TOKEN_CACHE_TTL = 60  # seconds: to look a token up takes 1 us, to verify it 34 to 136
 TOKEN_CACHE_SIZE = 10_000  # tokens, of 260 bytes each
-MIN_PASSWORD, MAX_PASSWORD = 8, 72  # bytes: bcrypt reads no further
 BCRYPT_COST = 12  # 0.24 s of a core
 MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # passwords at a time, and those that wait: for 2.4 s
-USER_LIMIT = parse_limit("" if settings.rate_limit == "off" else settings.rate_limit, "RATE_LIMIT")
-ACCOUNT_LIMIT = parse_limit("10/minute")  # logins and registrations with one e-mail
-ADDRESS_LIMIT = parse_limit("100/minute")  # logins and registrations from one IP address
-
+ACCOUNT_LIMIT = parse_limit("10/minute")  # passwords and registrations with one e-mail
+ADDRESS_LIMIT = parse_limit("100/minute")  # the same from one IPv4 address or IPv6 /64
 COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
-UUID_V7 = re.compile(r"[0-9a-f-]{14}7[0-9a-f-]{21}")  # as accounts have
+UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+# Settings.
+
+PLACEHOLDER = re.compile(r"change.?(me|this)|replace.?(me|this)|your.{0,12}secret", re.IGNORECASE)
+HOST = r"([^\s/?#@]*@)?(\[[^\s/?#@]+\]|[^\s/?#@:]+)(:[1-9]\d{0,4})?"
+FORMS = {  # what each may look like, and what is said of any other value
+    "jwt_jwks_url": (rf"https?://{HOST}(/\S*)?", "is not an http or https URL"),
+    "jwt_issuer": (r"(?!https?:/*$)[^\s,]+", "is not one `iss` of a token"),
+    "jwt_audience": (r"(?!https?:/*$)[^\s,]+", "is not one `aud` of a token"),
+    "jwt_user_claim": (r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+", "is no claim with a user"),
+    "rate_limit": (rf"{LIMIT}|off", "is not a limit like 600/minute"),
+    "rate_limit_storage_uri": (rf"rediss?://{HOST}([/?]\S*)?", "is not like redis://host:6379"),
+}
+
+
+# Each is a variable of the environment, which .env.example explains.
+class Settings(BaseSettings):
+    jwt_secret: str = ""  # signs and verifies HS256 tokens; with it there are accounts
+    better_auth_secret: str = ""  # verifies them where jwt_secret is not set
+    jwt_jwks_url: str = ""  # where an issuer publishes its keys
+    jwt_issuer: str = ""  # if set, the only `iss` that is accepted
+    jwt_audience: str = ""  # if set, the only `aud` that is accepted
+    jwt_user_claim: str = "sub"  # the claim that holds the user id
+    accounts: Literal["on", "off"] | None = None  # off: somebody else makes the HS256 tokens
+    rate_limit: str = "600/minute"  # requests of one user; off: any number
+    rate_limit_storage_uri: str = ""  # a Redis that counts for several instances
+
+    @field_validator("jwt_secret", "better_auth_secret")
+    @classmethod
+    def check_secret(cls, secret: str) -> str:
+        hint = "`openssl rand -base64 32` makes one"
+        if secret and len(secret.encode()) < MIN_SECRET:
+            raise ValueError(f"is shorter than {MIN_SECRET} bytes: {hint}")
+        if secret and (PLACEHOLDER.search(secret) or len(set(secret)) == 1):
+            raise ValueError(f"can be guessed: {hint}")
+        return secret
+
+    @field_validator(*FORMS)
+    @classmethod
+    def check_form(cls, value: str, info: ValidationInfo) -> str:
+        form, text = FORMS[str(info.field_name)]
+        if value.endswith("/openid-configuration"):
+            raise ValueError("is the discovery document: take `jwks_uri` or `issuer` out of it")
+        if value and not re.fullmatch(form, value, re.ASCII):
+            raise ValueError(text)
+        return value
+
+
+settings = Settings.load()
+SECRET = settings.jwt_secret or settings.better_auth_secret
+JWKS_URL, USER_CLAIM = settings.jwt_jwks_url, settings.jwt_user_claim
+ISSUER, AUDIENCE = settings.jwt_issuer, settings.jwt_audience
+# Not with BETTER_AUTH_SECRET: the frontend would take tokens we issue for its own.
+ACCOUNTS = bool(settings.jwt_secret) and settings.accounts != "off"
+USER_LIMIT = None if settings.rate_limit == "off" else parse_limit(settings.rate_limit)
 
 limiter = RateLimiter(settings.rate_limit_storage_uri)
 key_set = KeySet(JWKS_URL, ALGORITHMS)
@@ -64,18 +98,13 @@ passwords = Passwords(BCRYPT_COST, MAX_HASHING, MAX_HASHING_QUEUE)
 
 
 def check_settings() -> None:
-    """Raises SystemExit with one line that names the setting that is missing or wrong."""
+    """Raises SystemExit with one line that names what is missing."""
     if not SECRET and not JWKS_URL:
         raise SystemExit("JWT_SECRET, BETTER_AUTH_SECRET or JWT_JWKS_URL has to be set")
-    if SECRET and len(SECRET.encode()) < MIN_SECRET:
-        name = "JWT_SECRET" if settings.jwt_secret else "BETTER_AUTH_SECRET"
-        raise SystemExit(f"{name} is shorter than 32 bytes: `openssl rand -base64 32` makes one")
-    if JWKS_URL and not re.match(r"https?://[^/\s]", JWKS_URL):
-        raise SystemExit("JWT_JWKS_URL is not an http or https URL")
-    if USER_CLAIM in {"exp", "iat", "nbf", "iss", "aud", "jti"}:
-        raise SystemExit("JWT_USER_CLAIM names a claim that holds no user")
     if settings.accounts == "on" and not settings.jwt_secret:
         raise SystemExit("ACCOUNTS is on, and JWT_SECRET is not set")
+    if JWKS_URL and not jwt.algorithms.has_crypto:
+        raise SystemExit("JWT_JWKS_URL takes a package more: pip install 'PyJWT[crypto]'")
 
 
 # Tokens.
@@ -91,67 +120,85 @@ class VerifiedToken(NamedTuple):
 verified: dict[bytes, VerifiedToken] = {}  # by the SHA-256 of the token
 
 
-async def verify_once(token: str) -> str:
-    """The user id of a JWT, which is verified anew after TOKEN_CACHE_TTL. Raises Unauthorized."""
+async def user_of(token: str) -> str:
+    """The user id of a JWT, which is verified again after TOKEN_CACHE_TTL.
+
+    Raises Unauthorized, and HTTPProblem(503) while the issuer's keys are out of reach.
+    """
     digest, now = hashlib.sha256(token.encode()).digest(), time()
     known = verified.get(digest)
     if known is None or known.until <= now:
-        user_id, expires = read_claims(await verify(token))
-        known = VerifiedToken(user_id, min(expires, now + TOKEN_CACHE_TTL))
-        if len(verified) >= TOKEN_CACHE_SIZE:
+        user_id, expires = read_claims(await verify(token), now)
+        if known is None and len(verified) >= TOKEN_CACHE_SIZE:
             del verified[next(iter(verified))]  # the first seen
-        verified[digest] = known
+        known = verified[digest] = VerifiedToken(user_id, min(expires, now + TOKEN_CACHE_TTL))
     return known.user_id
 
 
 async def verify(token: str) -> dict[str, Any]:
-    """The claims of a JWT of the right signer, issuer, audience and time. Raises Unauthorized."""
+    """The claims of a JWT whose signature is good; what they say is for read_claims().
+
+    Raises Unauthorized. Why a signature is refused stands in the log alone.
+    """
     if token.count(".") != 2:
         text = "not a JWT: an opaque session token has to be exchanged for one"
-        raise Unauthorized("token_not_jwt", text)
+        raise Unauthorized(code="token_not_jwt", description=text)
     if len(token) > MAX_TOKEN or not COMPACT_JWS.fullmatch(token):
-        raise Unauthorized
-    options: Any = {"require": ["exp", USER_CLAIM], "verify_aud": AUDIENCE is not None}
-    rules: Any = {"issuer": ISSUER, "audience": AUDIENCE, "leeway": CLOCK_SKEW}
+        raise Unauthorized(reason="not a JWT of 8 KB at most")
     try:
-        alg, key = await find_key(jwt.get_unverified_header(token))
-        claims: dict[str, Any] = jwt.decode(token, key, [alg], options=options, **rules)
-    except jwt.ExpiredSignatureError:
-        raise Unauthorized("token_expired", "the token has expired") from None
-    except jwt.MissingRequiredClaimError as error:
-        raise Unauthorized(description=f"the token has no claim {error.claim}") from None
-    except jwt.InvalidIssuerError:
-        raise Unauthorized(description="the token is of another issuer") from None
-    except jwt.InvalidAudienceError:
-        raise Unauthorized(description="the token is for another audience") from None
-    except jwt.PyJWTError:
-        raise Unauthorized from None
-    if alg != "HS256" and is_account_id(str(claims[USER_CLAIM])):
+        header = jwt.get_unverified_header(token)
+        alg, kid = str(header.get("alg")), header.get("kid")
+        if alg == "HS256" and SECRET:
+            return decode(token, alg, SECRET)
+        key = await key_set.find(kid, alg)
+        try:
+            claims = decode(token, alg, key)
+        except jwt.InvalidSignatureError:
+            key = await key_set.find(kid, alg, refused=key)  # replaced under its kid, perhaps
+            if key is None:
+                raise
+            claims = decode(token, alg, key)
+    except jwt.PyJWTError as error:
+        raise Unauthorized(reason=str(error)[:100]) from None
+    if is_account_id(str(claims.get(USER_CLAIM))):
         raise Unauthorized(description="an outside user may not have an account's id")
     return claims
 
 
-async def find_key(header: dict[str, Any]) -> tuple[str, Any]:
-    """The algorithm of a token, and the key that verifies its signature."""
-    alg = header.get("alg")
-    if alg == "HS256" and SECRET:
-        return alg, SECRET
-    key = await key_set.find(header.get("kid"), alg) if alg in ALGORITHMS and JWKS_URL else None
+def decode(token: str, alg: str, key: str | jwt.PyJWK | None) -> dict[str, Any]:
+    """Verifies the signature. PyJWT would take "1" for a time, so it judges no claim."""
     if key is None:
-        raise Unauthorized
-    return str(alg), key
+        raise jwt.InvalidKeyError(f"no key for the algorithm {alg:.16}, or none with its kid")
+    claims = ("exp", "nbf", "iat", "iss", "aud", "sub", "jti")
+    options: Any = {f"verify_{name}": False for name in claims}
+    return jwt.decode(token, key if isinstance(key, str) else key.key, [alg], options=options)
 
 
-def read_claims(claims: dict[str, Any]) -> tuple[str, float]:
-    """The user id and the expiry. PyJWT has checked that they are there, and not their types."""
-    user_id, exp = claims[USER_CLAIM], claims["exp"]
-    if not isinstance(user_id, str) or not 1 <= len(user_id) <= MAX_USER_ID:
-        text = f"the claim {USER_CLAIM} is not a text of 1 to {MAX_USER_ID} characters"
+def read_claims(claims: dict[str, Any], now: float) -> tuple[str, float]:
+    """The user id and the expiry. Raises Unauthorized that names the first wrong claim."""
+    needed = {"exp": True, USER_CLAIM: True, "iss": ISSUER, "aud": AUDIENCE}
+    for name, is_needed in needed.items():
+        if is_needed and claims.get(name) is None:
+            raise Unauthorized(description=f"the token has no claim {name}")
+    user_id, exp, audiences = claims[USER_CLAIM], claims["exp"], claims.get("aud")
+    for name in ("exp", "nbf", "iat"):
+        # True is an int. JavaScript's milliseconds would make a token good for 50,000 years.
+        value = claims.get(name) or 0
+        if type(value) not in (int, float) or not 0 <= value < 1e12:
+            text = f"the claim {name} is not a number of seconds since 1970"
+            raise Unauthorized(description=text)
+        if name != "exp" and value > now + CLOCK_SKEW:
+            raise Unauthorized(description=f"the claim {name} is in the future")
+    if exp <= now:
+        raise Unauthorized(code="token_expired", description="the token has expired")
+    if ISSUER and claims["iss"] != ISSUER:
+        raise Unauthorized(description="the token is of another issuer")
+    if AUDIENCE and AUDIENCE not in (audiences if isinstance(audiences, list) else [audiences]):
+        raise Unauthorized(description="the token is for another audience")
+    is_text = isinstance(user_id, str) and user_id.isprintable()
+    if not is_text or not 1 <= len(user_id) <= MAX_USER_ID:
+        text = f"the claim {USER_CLAIM} is not a text of 1 to {MAX_USER_ID} visible characters"
         raise Unauthorized(description=text)
-    if not user_id.isprintable() or type(exp) not in (int, float):  # True is an int
-        raise Unauthorized
-    if exp <= time():  # jwt.decode() allowed it CLOCK_SKEW more
-        raise Unauthorized("token_expired", "the token has expired")
     return user_id, exp
 
 
@@ -161,7 +208,7 @@ def is_account_id(user_id: str) -> bool:
 
 
 def issue_token(user_id: str) -> str:
-    """An HS256 JWT for an account, good for TOKEN_LIFETIME."""
+    """An HS256 JWT for an account, good for TOKEN_LIFETIME. It has what we ask of others' too."""
     now = int(time())
     claims = {"sub": user_id, USER_CLAIM: user_id, "iat": now, "exp": now + TOKEN_LIFETIME}
     claims |= {name: value for name, value in (("iss", ISSUER), ("aud", AUDIENCE)) if value}
@@ -171,30 +218,39 @@ def issue_token(user_id: str) -> str:
 # The user of a request.
 
 
-class UserFromToken(OAuth2PasswordBearer):
-    """The dependency that gives the user id. Its base class is for OpenAPI alone.
+class BearerToken(SecurityBase):
+    """The dependency that gives the user id of a request's token (RFC 6750 section 2.1).
 
-    Raises Unauthorized, and HTTPProblem(429) for a user above USER_LIMIT.
+    Raises what user_of() does, and HTTPProblem(429) for a user above USER_LIMIT.
     """
 
-    async def __call__(self, request: Request) -> str:  # type: ignore[override]  # never None
+    def __init__(self, scheme: OAuth2PasswordBearer | HTTPBearer) -> None:
+        """`scheme` is what OpenAPI shows."""
+        self.scheme_name, self.model = type(self).__name__, scheme.model
+
+    async def __call__(self, request: Request) -> str:
         sent = [value for name, value in request.scope["headers"] if name == b"authorization"]
         if not sent:
-            raise Unauthorized("not_authenticated")
-        scheme, _, token = sent[0].decode("latin-1").partition(" ")
+            raise Unauthorized(code="not_authenticated")
+        # White space around a value is not part of it (RFC 9110 sections 5.5 and 11.4).
+        scheme, _, token = sent[0].decode("latin-1").strip(" \t").partition(" ")
         if len(sent) > 1 or scheme.lower() != "bearer":
-            raise Unauthorized
-        user_id = state_of(request.scope).user_id = await verify_once(token)
+            raise Unauthorized(reason="not one Authorization with Bearer")
+        user_id = await user_of(token.lstrip(" "))
+        state_of(request.scope).user_id = user_id  # kept in lib/state.py for the log
         await limiter.hit("user", USER_LIMIT, user_id)
         return user_id
 
 
-current_user = UserFromToken(tokenUrl="auth/token", description="A JWT (RFC8725) for a day.")
-if not ACCOUNTS:  # OpenAPI says that the tokens come from somebody else
-    current_user.model = HTTPBearer(bearerFormat="JWT", description="A JWT (RFC8725).").model
+JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # so spelled for Spectral's OWASP rules
+current_user = BearerToken(
+    OAuth2PasswordBearer(tokenUrl="auth/token", description=JWT)
+    if ACCOUNTS
+    else HTTPBearer(bearerFormat="JWT", description=JWT)
+)
 
 
-# Passwords.
+# Accounts.
 
 
 def normal_email(email: str) -> str:
@@ -202,16 +258,8 @@ def normal_email(email: str) -> str:
     return email.lower()
 
 
-def check_length(password: str) -> str:
-    """Raises ValueError for a password that is too short, or that bcrypt would cut."""
-    if not MIN_PASSWORD <= len(password.encode()) <= MAX_PASSWORD:
-        raise ValueError
-    return password
-
-
 async def throttle(request: Request, email: str) -> None:
-    """Counts an attempt to log in or register, before anything is hashed. Raises HTTPProblem."""
-    address = request.client.host if request.client else ""  # by --proxy-headers
-    await limiter.hit("address", ADDRESS_LIMIT, address)
+    """Counts an attempt before anything is hashed. Raises HTTPProblem: 429, or 503 when busy."""
+    await limiter.hit("address", ADDRESS_LIMIT, *networks(state_of(request.scope).client))
     await limiter.hit("account", ACCOUNT_LIMIT, email)
     passwords.refuse_if_busy()

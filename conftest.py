@@ -373,7 +373,7 @@ class Issuer:
     """An issuer on loopback with a key for each algorithm. It can be slow, or keep them back."""
 
     def __init__(self) -> None:
-        self.requests, self.failing, self.delay = 0, False, 0.0
+        self.requests, self.failing, self.delay, self.paths = 0, False, 0.0, set[str]()
         self.keys: dict[str, tuple[str, Any]] = {}
         self.rotate()
         issuer = self
@@ -381,7 +381,10 @@ class Issuer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 issuer.requests += 1
+                issuer.paths.add(self.path)
                 time.sleep(issuer.delay)
+                if "missing" in self.path:
+                    return self.send_error(404)
                 keys = issuer.public()[-2:] if issuer.failing else issuer.public()
                 body = json.dumps({"keys": keys}).encode()
                 self.send_response(200)

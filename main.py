@@ -88,9 +88,8 @@ Email = Annotated[str, StringConstraints(strip_whitespace=True), Field(
     min_length=3, max_length=254, pattern=rf"^[^@{WHITESPACE}]+@[^@{WHITESPACE}]+$", title="E-mail",
     description="needs an @ between two parts without spaces", examples=["ann@example.com"],
 ), AfterValidator(auth.normal_email)]  # fmt: skip
-Password = Annotated[str, AfterValidator(auth.check_length), Field(
-    description="8 to 72 bytes in UTF-8", examples=["correct horse"],
-    json_schema_extra={"minLength": 8, "maxLength": 72},
+Password = Annotated[str, Field(
+    min_length=8, max_length=128, description="8 to 128 characters", examples=["correct horse"],
 )]  # fmt: skip
 
 
@@ -340,7 +339,7 @@ async def respond_written(
 # Accounts.
 
 EMAIL_TAKEN = HTTPProblem(409, "E-mail already registered", "email_taken")
-WRONG_CREDENTIALS = Unauthorized("wrong_credentials", detail="Wrong e-mail or password")
+WRONG_CREDENTIALS = Unauthorized(code="wrong_credentials", detail="Wrong e-mail or password")
 
 
 def account_route(path: str, refusal: HTTPProblem, status: int = 200) -> Decorator:

@@ -5,68 +5,128 @@ key = await keys.find(kid="2026-11", alg="EdDSA")
 """
 
 import asyncio
+import json
 import logging
 import urllib.request
 from collections.abc import Collection
+from contextlib import suppress
 from time import monotonic
+from urllib.error import HTTPError
 
 import anyio.to_thread
 import jwt
 
-LIFETIME = 600  # seconds until keys are fetched anew, while requests use the old ones
-MAX_AGE = 2 * LIFETIME  # seconds until requests wait for that: a revoked key ends here
+from lib.problems import RETRY, HTTPProblem
+
+LIFETIME = 600  # seconds until keys are fetched again, while requests use the old ones
+MAX_AGE = 2 * LIFETIME  # seconds until a request waits for that, and until an empty set counts
 MIN_INTERVAL = 5  # seconds between two fetches: invented kids cannot make us flood the issuer
 TIMEOUT = 5  # seconds for a fetch
+PATIENCE = 1  # seconds that a token of a known key waits for a fetch
 MAX_SIZE = 262_144  # bytes of a key set
+SAME = {"Ed25519": "EdDSA", "ESP256": "ES256"}  # RFC 9864's names, unknown to PyJWT
+
+if jwt.algorithms.has_crypto:
+    for name, known in SAME.items():
+        jwt.register_algorithm(name, jwt.get_algorithm_by_name(known))
 
 log = logging.getLogger("jwks")
 
 
 class KeySet:
-    """Keys that were fetched once stay while the issuer is down."""
+    """The keys of one issuer. Those that were fetched once serve while the issuer is down."""
 
     def __init__(self, url: str, algorithms: Collection[str]) -> None:
         self.url, self.algorithms = url, algorithms
         self.keys: list[jwt.PyJWK] = []
         self.fetched = self.tried = float("-inf")
         self.fetching: asyncio.Task[None] | None = None
+        self.failure = ""  # why the last fetch brought no set
+        self.threads = anyio.CapacityLimiter(4)  # one that was given up counts until it ends
 
-    async def find(self, kid: object, alg: str) -> jwt.PyJWK | None:
-        """The key that a token names, or the only one for its algorithm; None if there is none."""
-        key, now = self.get(kid, alg), monotonic()
+    async def find(
+        self, kid: str | None, alg: str, refused: jwt.PyJWK | None = None
+    ) -> jwt.PyJWK | None:
+        """The key that a token names, or without a kid the only one for its algorithm.
+
+        None if the issuer has none. Raises HTTPProblem(503) if it cannot be asked. A key that was
+        `refused`, because it did not verify the token, may have been replaced under its kid.
+        """
+        alg = SAME.get(alg, alg)
+        if alg not in self.algorithms or not self.url:
+            return None
+        key, now = self.get(kid, alg, refused), monotonic()
         if (key is None or now - self.fetched > LIFETIME) and now - self.tried > MIN_INTERVAL:
             self.tried = now
             self.fetching = asyncio.create_task(self.fetch())
-        if self.fetching and (key is None or now - self.fetched > MAX_AGE):
+        if self.fetching and key is None:
             await asyncio.wait([self.fetching])
-            key = self.get(kid, alg)
+        elif self.fetching and now - self.fetched > MAX_AGE and not self.failure:
+            # The key may have been taken back. While an issuer hangs, no second token waits here.
+            done, _ = await asyncio.wait([self.fetching], timeout=PATIENCE)
+            self.failure = self.failure if done else "no answer yet"
+        key = self.get(kid, alg, refused)
+        if key is None and self.failure and refused is None:
+            text = "The issuer's keys are out of reach: try again later"
+            raise HTTPProblem(503, text, "keys_unavailable", RETRY, reason=self.failure)
         return key
 
-    def get(self, kid: object, alg: str) -> jwt.PyJWK | None:
+    def get(self, kid: str | None, alg: str, refused: jwt.PyJWK | None) -> jwt.PyJWK | None:
         keys = [key for key in self.keys if key.algorithm_name == alg and kid in (None, key.key_id)]
-        return keys[0] if len(keys) == 1 else None
-
-    def is_usable(self, key: jwt.PyJWK) -> bool:
-        return key.algorithm_name in self.algorithms and key.public_key_use in (None, "sig")
+        keys = [key for key in keys if key is not refused]
+        return keys[0] if len(keys) == 1 or (keys and kid) else None
 
     async def fetch(self) -> None:
         """In a thread that is left alone after TIMEOUT: an issuer cannot hold up the next fetch."""
+        run, download = anyio.to_thread.run_sync, self.download
         try:
             async with asyncio.timeout(TIMEOUT):
-                body = await anyio.to_thread.run_sync(self.download, abandon_on_cancel=True)
-            keys = [key for key in jwt.PyJWKSet.from_json(body.decode()) if self.is_usable(key)]
-            self.keys, self.fetched = keys or self.keys, monotonic()  # an empty set is a mishap
+                body = await run(download, abandon_on_cancel=True, limiter=self.threads)
+            keys, self.failure = self.read(body), ""
         except Exception as error:
-            log.warning("JWKS not fetched: %s", type(error).__name__)
+            self.failure = str(error)[:200] or type(error).__name__
+            log.warning("JWKS not fetched: %s", self.failure)
+            return
+        if keys or monotonic() - self.fetched > MAX_AGE:  # an empty set may be a mishap
+            self.keys, self.fetched = keys, monotonic()
+        if not keys:
+            log.warning("JWKS has no key for %s", ", ".join(self.algorithms))
+
+    def read(self, body: bytes) -> list[jwt.PyJWK]:
+        """The keys that can verify a token, each once. Raises ValueError for what is no set."""
+        try:
+            document = json.loads(body.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            raise ValueError("not JSON") from None
+        if not isinstance(document, dict) or not isinstance(document.get("keys"), list):
+            found = "jwks_uri" in document if isinstance(document, dict) else False
+            hint = ", but jwks_uri: that is the discovery document" if found else ""
+            raise ValueError(f"JSON without keys{hint}")
+        keys = {}
+        for each in document["keys"]:
+            with suppress(Exception):  # one that PyJWT cannot read spoils no other
+                key = jwt.PyJWK(each, SAME.get(each.get("alg"), each.get("alg")))
+                usable = key.algorithm_name in self.algorithms and "d" not in each  # not private
+                if usable and key.public_key_use in (None, "sig"):
+                    material = [each.get(name) for name in ("x", "y", "n", "e")]
+                    keys[key.key_id, key.algorithm_name, *material] = key
+        return list(keys.values())
 
     def download(self) -> bytes:
-        """Raises TimeoutError for a body that is too large, or not there in time."""
+        """Raises TimeoutError for a body that comes too late, ValueError for another answer."""
         give_up, body = monotonic() + TIMEOUT, b""
         # Some issuers stand behind a filter that refuses Python's own User-Agent.
         request = urllib.request.Request(self.url, headers={"User-Agent": "jwks"})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:  # noqa: S310
+        try:
+            response = urllib.request.urlopen(request, timeout=TIMEOUT)  # noqa: S310
+        except HTTPError as error:
+            error.close()
+            raise ValueError(f"status {error.code}") from None
+        with response:
             while part := response.read1(MAX_SIZE):
                 body += part
-                if monotonic() > give_up or len(body) > MAX_SIZE:
-                    raise TimeoutError
+                if len(body) > MAX_SIZE:
+                    raise ValueError(f"more than {MAX_SIZE} bytes")
+                if monotonic() > give_up:
+                    raise TimeoutError(f"no answer within {TIMEOUT} seconds")
         return body

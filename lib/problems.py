@@ -77,18 +77,20 @@ class Unauthorized(HTTPProblem):
 
     def __init__(
         self,
+        *,
         code: str = "invalid_token",
         description: str = "",
         detail: str = "Could not validate credentials",
+        reason: str = "",
     ) -> None:
         challenge, errors = 'Bearer realm="todo"', []
-        if code not in ("not_authenticated", "wrong_credentials"):
+        if code not in ("not_authenticated", "wrong_credentials", "wrong_password"):
             challenge += ', error="invalid_token"'
         if description:
             challenge += f', error_description="{description}"'
             errors = [{"loc": ["header", "authorization"], "msg": description, "type": code}]
         headers = {"WWW-Authenticate": challenge}
-        super().__init__(401, detail, code, headers, errors, reason=description or code)
+        super().__init__(401, detail, code, headers, errors, reason=reason or description or code)
 
 
 def messages_of(*schemas: type[SQLModel]) -> dict[str, str]:

@@ -1,92 +1,135 @@
 """Limits on how often a key may do something in a window of time.
 
-    limiter = RateLimiter(os.environ.get("RATE_LIMIT_STORAGE_URI"))
-    await limiter.hit("login", parse("10/minute"), "ann@example.com")  # raises HTTPProblem(429)
+    limiter = RateLimiter(storage_uri="")
+    await limiter.hit("login", parse_limit("10/minute"), "ann@example.com")  # HTTPProblem(429)
 
-A dict in this process counts. With a URI the `limits` library counts in Redis, for all instances
-together; while Redis is out of reach, the dict does.
+A dict in this process counts: 1 us a hit, where MemoryStorage of the `limits` library takes 5 to 10
+and grows without a bound. With a URI `limits` counts in Redis, for all instances together. Windows
+are fixed: around the border of two, twice the limit may pass within the length of one.
 """
 
 import asyncio
 import logging
-from contextlib import suppress
+from ipaddress import IPv6Address, ip_address, ip_network
+from math import ceil
 from time import monotonic, time
-from typing import Any
-
-from limits import RateLimitItem, parse
-from limits.aio.strategies import FixedWindowRateLimiter
-from limits.storage import storage_from_string
+from typing import Any, NamedTuple
 
 from lib.problems import HTTPProblem
 
-MAX_COUNTERS = 50_000  # of one limit in one window, some 10 MB: invented e-mails could fill memory
+MAX_COUNTERS = 50_000  # exact ones of one limit in one window, some 7 MB
 PAUSE = 5.0  # seconds without asking a Redis that did not answer
-STORAGE_TIMEOUT = 1.0  # seconds for Redis to answer
+TIMEOUT = 1.0  # seconds for Redis to answer
+PATIENCE = 0.1  # seconds of those for which a request waits
+UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
+LIMIT = r"[1-9]\d{0,8} ?/ ?(?:second|minute|hour|day)"  # what parse_limit() takes
 
 log = logging.getLogger("ratelimit")
 
 
-def parse_limit(text: str, setting: str = "") -> RateLimitItem | None:
-    """A limit like 600/minute; None for "". Raises SystemExit with a line that names `setting`."""
-    with suppress(ValueError):
-        if not text or (limit := parse(text)).amount:
-            return limit if text else None
-    raise SystemExit(f"{setting} is not a limit like 600/minute")
+class Limit(NamedTuple):
+    amount: int
+    seconds: int
+
+
+def parse_limit(text: str) -> Limit:
+    """A limit like 600/minute, as LIMIT."""
+    amount, unit = text.split("/")
+    return Limit(int(amount), UNITS[unit.strip()])
 
 
 class RateLimiter:
     """Counts in fixed windows. A window that is over is dropped as a whole."""
 
-    def __init__(self, storage_uri: str | None = None) -> None:
-        """Raises SystemExit for a URI that `limits` does not know."""
-        self.windows: dict[str, tuple[float, dict[str, int]]] = {}  # by name: its end, its counters
-        self.shared: FixedWindowRateLimiter | None = None
-        self.paused_until = 0.0
-        if storage_uri:
-            try:
-                redis: Any = storage_from_string("async+" + storage_uri, implementation="redispy")
-            except Exception:
-                raise SystemExit("RATE_LIMIT_STORAGE_URI is not like redis://host:6379") from None
-            self.shared = FixedWindowRateLimiter(redis)
+    def __init__(self, storage_uri: str = "") -> None:
+        """Without a URI no other instance's hits count."""
+        self.windows: dict[str, tuple[float, dict[str | int, int]]] = {}  # by name: end, counters
+        self.shared: Any = connect(storage_uri) if storage_uri else None
+        self.paused_until = 0.0  # 0 while Redis answers
+        self.slow: asyncio.Task[float | None] | None = None  # the question that others wait behind
 
-    async def hit(self, name: str, limit: RateLimitItem | None, key: str) -> None:
-        """Counts one. Raises HTTPProblem(429) above the limit, if there is one."""
+    async def hit(self, name: str, limit: Limit | None, *keys: str) -> None:
+        """Counts one for the first key. Raises HTTPProblem(429) above the limit, if there is one.
+
+        Further keys are coarser, such as an address's networks: each counts where there is no room
+        for those before it. So whoever invents keys shares a limit, and nobody else is refused.
+        """
         if limit is None:
             return
-        wait = None
-        if not self.shared or monotonic() < self.paused_until:
-            wait = self.count(name, limit, key)
-        else:
-            try:
-                async with asyncio.timeout(STORAGE_TIMEOUT):
-                    if not await self.shared.hit(limit, name, key):
-                        window = await self.shared.get_window_stats(limit, name, key)
-                        wait = window.reset_time - time()
-            except Exception as error:
-                log.warning("rate limit storage failed: %s", type(error).__name__)
-                self.paused_until = monotonic() + PAUSE
-                wait = self.count(name, limit, key)
-        if wait is not None:
-            raise too_many_requests(name, limit, max(1, round(wait)))
+        wait = await self.ask(name, limit, keys[0]) if self.shared else None
+        if wait is None:
+            wait = self.count(name, limit, keys)
+        if wait:
+            raise too_many_requests(name, limit, ceil(wait))
 
-    def count(self, name: str, limit: RateLimitItem, key: str) -> float | None:
-        """Counts one here. Above the limit it gives the seconds to wait.
-
-        A new key is refused while MAX_COUNTERS are in use: a reset would free who is locked out.
-        """
+    def count(self, name: str, limit: Limit, keys: tuple[str, ...]) -> float:
+        """Counts one here. Above the limit it gives the seconds to wait, or else 0."""
         now = monotonic()
         ends, counters = self.windows.get(name, (0.0, {}))
         if now >= ends:
-            ends, counters = self.windows[name] = now + limit.get_expiry(), {}
-        count = counters.get(key, 0)
-        if count >= limit.amount or (not count and len(counters) >= MAX_COUNTERS):
-            return ends - now
-        counters[key] = count + 1
-        return None
+            ends, counters = self.windows[name] = now + limit.seconds, {}
+        key: str | int = hash(keys[-1]) % MAX_COUNTERS  # where no key finds room, some share one
+        for level, each in enumerate(keys, 1):
+            if each in counters or len(counters) < level * MAX_COUNTERS:
+                key = each
+                break
+        counters[key] = counters.get(key, 0) + 1
+        return ends - now if counters[key] > limit.amount else 0.0
+
+    async def ask(self, name: str, limit: Limit, key: str) -> float | None:
+        """As count(), in Redis. None when it does not answer in time, or has not answered others.
+
+        While one question waits for a frozen Redis, or tries it after a pause, the rest count here.
+        """
+        if monotonic() < self.paused_until or (self.slow and not self.slow.done()):
+            return None
+        asked = asyncio.create_task(self.count_in_redis(name, limit, key))
+        self.slow = asked if self.paused_until else None
+        done, _ = await asyncio.wait([asked], timeout=PATIENCE)
+        self.slow = self.slow if done else asked
+        return asked.result() if done else None
+
+    async def count_in_redis(self, name: str, limit: Limit, key: str) -> float | None:
+        from limits import RateLimitItemPerSecond
+
+        item, wait = RateLimitItemPerSecond(*limit), 0.0
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                if not await self.shared.hit(item, name, key):
+                    window = await self.shared.get_window_stats(item, name, key)
+                    wait = max(window.reset_time - time(), 0) + 0.5  # Redis rounds its seconds
+        except Exception as error:
+            log.warning("rate limit storage failed: %s", type(error).__name__)
+            self.paused_until = monotonic() + PAUSE
+            return None
+        self.paused_until = 0.0
+        return wait
 
 
-def too_many_requests(name: str, limit: RateLimitItem, wait: int) -> HTTPProblem:
+def connect(uri: str) -> Any:
+    """What counts behind a URI like redis://host:6379. Imported here: `limits` takes 1.6 MB."""
+    from limits.aio.strategies import FixedWindowRateLimiter
+    from limits.storage import storage_from_string
+
+    storage: Any = storage_from_string("async+" + uri, implementation="redispy")
+    return FixedWindowRateLimiter(storage)
+
+
+def networks(address: str) -> list[str]:
+    """The keys of an IP address: its /64 and wider ones (IPv6), or itself and wider ones (IPv4)."""
+    try:
+        ip = ip_address(address.partition("%")[0])
+    except ValueError:
+        return [address]
+    if isinstance(ip, IPv6Address):
+        ip = ip.ipv4_mapped or ip
+    lengths = (32, 24, 16) if ip.version == 4 else (64, 48, 32)
+    return [str(ip_network((ip, length), strict=False)) for length in lengths]
+
+
+def too_many_requests(name: str, limit: Limit, wait: int) -> HTTPProblem:
     """429 with Retry-After, and the fields of draft-ietf-httpapi-ratelimit-headers-10."""
-    policy = f'"{name}";q={limit.amount};w={limit.get_expiry()}'
-    headers = {"RateLimit-Policy": policy, "RateLimit": f'"{name}";r=0;t={wait}'}
-    return HTTPProblem(429, "Too many requests", headers={"Retry-After": str(wait), **headers})
+    headers = {"RateLimit-Policy": f'"{name}";q={limit.amount};w={limit.seconds}'}
+    headers |= {"RateLimit": f'"{name}";r=0;t={wait}', "Retry-After": str(wait)}
+    text = f"Too many attempts: try again in {wait} second{'s' if wait > 1 else ''}"
+    return HTTPProblem(429, text, headers=headers)

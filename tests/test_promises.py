@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import psutil
@@ -28,7 +27,6 @@ import psycopg
 import pytest
 from fastapi import Request
 from httpx import Client, Response
-from limits import parse
 from psycopg.conninfo import make_conninfo
 from starlette.responses import PlainTextResponse
 from uvicorn.config import Config
@@ -62,12 +60,8 @@ from conftest import (
     wait_for_start,
     wait_until,
 )
-from lib import jwks, ratelimit
-from lib.jwks import KeySet
 from lib.pipeline import Statement
-from lib.problems import HTTPProblem
 from lib.protocol import Protocol
-from lib.ratelimit import RateLimiter
 from lib.state import RequestState
 
 parametrize = pytest.mark.parametrize
@@ -229,28 +223,6 @@ def test_the_hop_that_the_platforms_proxy_adds_counts_and_not_the_clients_own(
                 "RateLimit-Policy", ""
             )
     assert refused == '"address";q=100;w=60'
-
-
-def test_counters_that_overflow_neither_unlock_an_account_nor_refuse_a_known_user(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ratelimit, "MAX_COUNTERS", 100)
-    limiter, limit = RateLimiter(), parse("10/minute")
-
-    async def hit(name: str, key: str) -> bool:
-        try:
-            await limiter.hit(name, limit, key)
-        except HTTPProblem:
-            return False
-        return True
-
-    async def story() -> None:
-        assert [await hit("account", "locked") for _ in range(11)] == [True] * 10 + [False]
-        assert [await hit("account", f"{n}") for n in range(500)].count(True) == 99
-        assert not await hit("account", "locked")  # a reset would have unlocked it
-        assert await hit("user", "somebody")  # strangers' and users' counters stand apart
-
-    asyncio.run(story())
 
 
 def test_all_spellings_of_an_email_are_one_account_with_one_limit(public: Client) -> None:
@@ -606,52 +578,6 @@ def test_a_header_sent_twice_leaves_the_token_cache_on(monkeypatch: pytest.Monke
         scope: Any = {"type": "http", "headers": headers, "state": {"request": state}}
         assert asyncio.run(auth.current_user(Request(scope))) == state.user_id == "u"
     assert verified == 1
-
-
-def test_a_key_revoked_three_lifetimes_ago_is_accepted_by_no_request() -> None:
-    async def story() -> None:
-        keys = KeySet(issuer.url, ("EdDSA",))
-        kid, _ = issuer.keys["EdDSA"]
-        assert await keys.find(kid, "EdDSA")
-        issuer.rotate()
-        keys.fetched -= 3 * jwks.LIFETIME
-        keys.tried -= 3 * jwks.LIFETIME
-        assert await keys.find(kid, "EdDSA") is None
-
-    with closing(Issuer()) as issuer:
-        asyncio.run(story())
-
-
-class Trickle(BaseHTTPRequestHandler):
-    """An issuer that sends a byte every 0.2 s, and never ends."""
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        while not self.wfile.closed:
-            self.wfile.write(b" ")
-            time.sleep(0.2)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_an_issuer_that_trickles_holds_up_a_token_for_seconds_and_wedges_nothing() -> None:
-    async def story() -> None:
-        keys = KeySet(f"http://127.0.0.1:{trickle.server_port}/", ("EdDSA",))
-        started = time.monotonic()
-        assert await keys.find("new", "EdDSA") is None
-        assert time.monotonic() - started < 8
-        keys.url = issuer.url  # it is well again
-        await asyncio.sleep(jwks.MIN_INTERVAL + 0.5)
-        assert await keys.find(issuer.keys["EdDSA"][0], "EdDSA")
-
-    trickle = ThreadingHTTPServer(("127.0.0.1", 0), Trickle)
-    Thread(target=trickle.serve_forever, daemon=True).start()
-    with closing(Issuer()) as issuer:
-        asyncio.run(story())
-    trickle.shutdown()
-    trickle.server_close()
 
 
 # 18. Preconditions.

@@ -19,13 +19,12 @@ from typing import Any
 import jwt
 import pytest
 from fastapi import Request
-from limits import parse
 
 from conftest import HERE, NOBODYS_ID, SECRET, SETTINGS, Issuer, outside
 from lib import jwks, ratelimit
 from lib.jwks import KeySet
 from lib.problems import HTTPProblem, Unauthorized
-from lib.ratelimit import RateLimiter
+from lib.ratelimit import RateLimiter, parse_limit
 from lib.state import RequestState
 
 for name in SETTINGS:
@@ -60,7 +59,7 @@ def signed(**claims: Any) -> str:
 
 def refused(token: str) -> bool:
     try:
-        asyncio.run(auth.verify_once(token))
+        asyncio.run(auth.user_of(token))
     except Unauthorized:
         return True
     return False
@@ -132,8 +131,7 @@ def test_an_accounts_token_lives_for_a_day() -> None:
 def test_an_issuers_user_never_is_an_account(
     monkeypatch: pytest.MonkeyPatch, issuer: Issuer, sub: str, is_refused: bool
 ) -> None:
-    monkeypatch.setattr(auth, "JWKS_URL", issuer.url)
-    monkeypatch.setattr(auth, "key_set", KeySet(issuer.url, ALGORITHMS))
+    federate(monkeypatch, issuer)
     monkeypatch.setattr(auth, "AUDIENCE", "todo")
     assert refused(issuer.token(sub=sub)) is is_refused
 
@@ -195,7 +193,8 @@ def test_two_passwords_at_a_time_are_hashed() -> None:
 
 def attempt(email: str, address: str = "192.0.2.1") -> str:
     """The status of an attempt to log in, before anything is hashed; "ok" for none."""
-    request: Any = SimpleNamespace(client=SimpleNamespace(host=address))
+    state = RequestState({}, "id", address, b"")
+    request: Any = SimpleNamespace(scope={"state": {"request": state}})
     try:
         asyncio.run(auth.throttle(request, email))
     except HTTPProblem as problem:
@@ -216,14 +215,14 @@ def test_an_account_has_ten_attempts_a_minute_from_wherever() -> None:
     answers = [attempt("a@example.com", f"192.0.2.{n}") for n in range(12)]
     assert answers == ["ok"] * 10 + ["429"] * 2
     assert attempt("b@example.com") == "ok"
-    assert auth.ACCOUNT_LIMIT and auth.ACCOUNT_LIMIT.get_expiry() == 60
+    assert auth.ACCOUNT_LIMIT.seconds == 60
 
 
 def test_an_address_has_a_hundred_attempts_a_minute_for_whatever_account() -> None:
     answers = [attempt(f"{n}@example.com") for n in range(102)]
     assert answers == ["ok"] * 100 + ["429"] * 2
     assert attempt("a@example.com", "192.0.2.2") == "ok"
-    assert auth.ADDRESS_LIMIT and auth.ADDRESS_LIMIT.get_expiry() == 60
+    assert auth.ADDRESS_LIMIT.seconds == 60
 
 
 # Counters.
@@ -234,7 +233,7 @@ def hits(limiter: RateLimiter, keys: list[str], limit: str = "2/second") -> list
 
     async def hit(key: str) -> bool:
         try:
-            await limiter.hit("test", parse(limit), key)
+            await limiter.hit("test", parse_limit(limit), key)
         except HTTPProblem:
             return False
         return True
@@ -249,12 +248,38 @@ def test_a_limit_starts_anew_when_its_window_is_over() -> None:
     assert hits(limiter, ["a"]) == [True]
 
 
-def test_full_counters_refuse_strangers_and_forget_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ratelimit, "MAX_COUNTERS", 3)
+def test_full_counters_refuse_no_stranger_and_forget_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ratelimit, "MAX_COUNTERS", 100)
     limiter = RateLimiter()
-    keys = ["a", "a", "b", "c", "d", "e", "a", "b"]
-    expected = [True, True, True, True, False, False, False, True]
-    assert hits(limiter, keys, "2/minute") == expected
+    assert hits(limiter, ["locked"] * 3, "2/minute") == [True, True, False]
+    hits(limiter, [f"invented {n}" for n in range(120)], "2/minute")
+    assert hits(limiter, ["locked"], "2/minute") == [False]  # a reset would have unlocked it
+    assert hits(limiter, [f"stranger {n}" for n in range(50)], "2/minute").count(True) > 40
+    [(_, counters)] = limiter.windows.values()
+    assert len(counters) <= 200
+
+
+@parametrize(("one", "other", "is_one_network"), [
+    ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::9", True), ("2001:db8:1:2::", "2001:db8:1:3::", False),
+    ("::ffff:192.0.2.1", "192.0.2.1", True), ("192.0.2.1", "192.0.2.2", False),
+    ("fe80::1%eth0", "fe80::2", True), ("", "", True),
+])  # fmt: skip
+def test_an_ipv6_address_counts_as_its_64_and_an_ipv4_address_as_itself(
+    one: str, other: str, is_one_network: bool
+) -> None:
+    assert (ratelimit.networks(one)[0] == ratelimit.networks(other)[0]) is is_one_network
+
+
+def test_a_network_that_fills_the_counters_is_refused_and_others_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ratelimit, "MAX_COUNTERS", 100)
+    answers = [attempt(f"{n}@example.com", f"2001:db8:1:{n:x}::1") for n in range(300)]
+    assert answers == ["ok"] * 200 + ["429"] * 100  # 100 exact ones, and 100 of the /48
+    assert attempt("a@example.com", "2001:db8:2::1") == "ok"
+    assert attempt("b@example.com", "192.0.2.1") == "ok"
 
 
 # An issuer's keys.
@@ -319,17 +344,156 @@ def test_only_a_key_for_signatures_by_its_algorithm_is_used(
     assert not asyncio.run(found())
 
 
-def test_keys_stay_while_the_issuer_has_none(issuer: Issuer) -> None:
+def age(keys: KeySet, seconds: float) -> None:
+    """Makes the last fetch this old."""
+    keys.fetched -= seconds
+    keys.tried -= seconds
+
+
+@parametrize(("seconds", "stays"), [(1190, True), (1201, False)])
+def test_an_issuer_that_has_no_key_left_revokes_all_after_twenty_minutes(
+    issuer: Issuer, seconds: float, stays: bool
+) -> None:
     async def story() -> None:
         keys = KeySet(issuer.url, ALGORITHMS)
         assert await finds(keys, issuer)
-        issuer.failing = True
-        keys.fetched -= 1201
-        keys.tried -= 1201
+        issuer.failing = True  # it sends no key that anybody can use
+        age(keys, seconds)
+        await finds(keys, issuer)
+        await asyncio.sleep(PATIENT)
+        assert await finds(keys, issuer) is stays
+
+    asyncio.run(story())
+
+
+def test_known_keys_outlast_an_issuer_that_is_down_for_an_hour(issuer: Issuer) -> None:
+    async def story() -> None:
+        keys, url = KeySet(issuer.url, ALGORITHMS), issuer.url
         assert await finds(keys, issuer)
+        keys.url = url.replace("jwks", "missing")
+        age(keys, 3600)
+        assert await finds(keys, issuer)
+        keys.url = url
+        age(keys, 3600)
+        assert await finds(keys, issuer)
+
+    asyncio.run(story())
+
+
+def test_an_issuer_that_hangs_delays_one_token_of_a_known_key_by_a_second(issuer: Issuer) -> None:
+    async def story() -> None:
+        keys = KeySet(issuer.url, ALGORITHMS)
+        assert await finds(keys, issuer)
+        issuer.delay = 3
+        age(keys, 1201)
+        started = time.monotonic()
+        assert await finds(keys, issuer)
+        assert time.monotonic() - started < 2.5
+        started = time.monotonic()
+        assert all([await finds(keys, issuer) for _ in range(100)])
+        assert time.monotonic() - started < 0.5
+
+    asyncio.run(story())
+
+
+@parametrize(("body", "words"), [
+    (b"", "not JSON"), (b"<html>", "not JSON"), (b"\xff", "not JSON"), (b"[" * 9999, "not JSON"),
+    (b"[]", "without keys"), (b"7", "without keys"), (b'{"keys": {}}', "without keys"),
+    (b'{"jwks_uri": "https://issuer.example/jwks"}', "discovery document"),
+])  # fmt: skip
+def test_what_is_no_key_set_is_503_and_the_log_says_what_came(
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer, caplog: Any, body: bytes, words: str
+) -> None:
+    monkeypatch.setattr(KeySet, "download", lambda _: body)
+    with pytest.raises(HTTPProblem) as raised:
+        asyncio.run(finds(KeySet(issuer.url, ALGORITHMS), issuer))
+    assert (raised.value.status_code, raised.value.code) == (503, "keys_unavailable")
+    assert words in caplog.text and words in raised.value.reason
+
+
+def test_an_issuer_out_of_reach_is_503_and_the_log_says_why(issuer: Issuer, caplog: Any) -> None:
+    issuer.close()
+    with pytest.raises(HTTPProblem) as raised:
+        asyncio.run(finds(KeySet(issuer.url, ALGORITHMS), issuer))
+    assert raised.value.status_code == 503
+    assert "refused" in caplog.text
+
+
+def test_an_error_of_the_issuer_is_503_and_the_log_has_its_status(
+    issuer: Issuer, caplog: Any
+) -> None:
+    with pytest.raises(HTTPProblem) as raised:
+        asyncio.run(finds(KeySet(issuer.url + "/missing", ALGORITHMS), issuer))
+    assert (raised.value.status_code, raised.value.headers) == (503, {"Retry-After": "2"})
+    assert "status 404" in caplog.text
+
+
+def federate(monkeypatch: pytest.MonkeyPatch, issuer: Issuer) -> KeySet:
+    """Makes auth.py take this issuer's tokens."""
+    keys = KeySet(issuer.url, ALGORITHMS)
+    monkeypatch.setattr(auth, "key_set", keys)
+    return keys
+
+
+def test_a_key_replaced_under_its_kid_is_fetched_when_a_token_does_not_verify(
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer
+) -> None:
+    async def accepted(token: str) -> bool:
+        try:
+            return await auth.user_of(token) == "u"
+        except Unauthorized:
+            return False
+
+    async def story() -> None:
+        keys, kid = federate(monkeypatch, issuer), issuer.keys["EdDSA"][0]
+        assert await accepted(issuer.token())
+        issuer.rotate()
+        issuer.keys["EdDSA"] = (kid, issuer.keys["EdDSA"][1])
+        assert not await accepted(issuer.token())  # asked less than 5 s ago
+        keys.tried -= 6
+        assert await accepted(issuer.token())
         assert issuer.requests == 2
 
     asyncio.run(story())
+
+
+@parametrize(("alg", "name"), [("EdDSA", "Ed25519"), ("ES256", "ESP256")])
+def test_an_algorithm_may_have_its_name_of_rfc_9864(
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer, alg: str, name: str
+) -> None:
+    federate(monkeypatch, issuer)
+    keys = [key | ({"alg": name} if key.get("alg") == alg else {}) for key in issuer.public()]
+    monkeypatch.setattr(issuer, "public", lambda: keys)
+    kid, key = issuer.keys[alg]
+    for used in (alg, name):
+        token = jwt.encode({"sub": "u", "exp": time.time() + 60}, key, used, {"kid": kid})
+        assert not refused(token)
+        auth.key_set.tried -= 6
+
+
+SPOILT: list[Any] = [None, 7, {}, {"kty": ["x"]}, {"kty": "RSA", "n": 5, "e": {}, "alg": []}]
+SPOILT += [{"kty": "OKP", "crv": "X25519", "x": "AA"}, {"kty": "EC", "crv": "P-256", "x": "!"}]
+
+
+@parametrize("alg", ALGORITHMS)
+@parametrize("kid", [True, False])
+def test_a_bom_a_key_twice_and_broken_keys_spoil_no_other(
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer, alg: str, kid: bool
+) -> None:
+    keys = [*SPOILT, *issuer.public(), *issuer.public()]
+    body = b"\xef\xbb\xbf" + json.dumps({"keys": keys}).encode()
+    monkeypatch.setattr(KeySet, "download", lambda _: body)
+    keys_of_issuer, named = KeySet(issuer.url, ALGORITHMS), issuer.keys[alg][0] if kid else None
+    assert asyncio.run(keys_of_issuer.find(named, alg))
+
+
+def test_a_private_key_in_a_set_is_never_used(
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer
+) -> None:
+    kid, key = issuer.keys["EdDSA"]
+    private = jwt.algorithms.OKPAlgorithm.to_jwk(key, as_dict=True) | {"kid": kid}
+    monkeypatch.setattr(KeySet, "download", lambda _: json.dumps({"keys": [private]}).encode())
+    assert not asyncio.run(finds(KeySet(issuer.url, ALGORITHMS), issuer))
 
 
 class Trickle(BaseHTTPRequestHandler):
@@ -361,7 +525,7 @@ def test_an_issuer_that_trickles_or_floods_is_given_up(
     server = HTTPServer(("127.0.0.1", 0), Trickle)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     keys, started = KeySet(f"http://127.0.0.1:{server.server_port}/", ALGORITHMS), time.monotonic()
-    with pytest.raises(TimeoutError):
+    with pytest.raises((TimeoutError, ValueError)):
         keys.download()
     assert time.monotonic() - started < 2
     server.shutdown()
