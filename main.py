@@ -426,9 +426,14 @@ async def root(request: Request) -> Response:
     return welcome.respond(request, {"name": "todo", "version": VERSION, "docs": "/docs"})
 
 
-if __name__ == "__main__":  # serves from a new process
-    keys = ("JWT_SECRET", "BETTER_AUTH_SECRET", "JWT_JWKS_URL")
-    develop.run("main:app", Path(__file__).resolve().parent, keys)
+if __name__ == "__main__":
+    develop.run(
+        "main:app",
+        Path(__file__).resolve().parent,
+        database=not db.settings.database_url,
+        secret=not (auth.SECRET or auth.JWKS_URL),
+        origins=not settings.cors_origins,
+    )
 else:  # a server imports us
     logs.configure()
     auth.check_settings()

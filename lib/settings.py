@@ -9,6 +9,7 @@ The environment wins over .env. White space and quotes around a value are not pa
 dashboards, `docker --env-file` and copied lines leave them there. An empty value counts as none.
 """
 
+from pathlib import Path
 from typing import Any, Self
 
 import pydantic_settings
@@ -19,7 +20,10 @@ class BaseSettings(pydantic_settings.BaseSettings):
     """The base of a module's settings. A field's name in upper case is the variable's."""
 
     model_config = pydantic_settings.SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8-sig", extra="ignore", frozen=True
+        env_file=Path(__file__).parent.parent / ".env",
+        env_file_encoding="utf-8-sig",
+        extra="ignore",
+        frozen=True,
     )
 
     @field_validator("*", mode="before")
