@@ -533,7 +533,8 @@ def refusal(
     assert (response.status_code, problem["status"], problem["code"]) == (status, status, code)
     assert problem["request_id"] == response.headers["x-request-id"]
     assert set(problem) - {"errors"} == {
-        "type", "title", "status", "detail", "code", "request_id"
+        "type", "title", "status", "detail", "message", "code", "request_id"
     }  # fmt: skip
+    assert problem["message"] == problem["detail"]
     assert detail is None or problem["detail"] == detail
     return problem

@@ -12,7 +12,9 @@
     PATCH  /tasks/{task_id}           the same
     DELETE /tasks/{task_id}           delete a task
     PATCH  /tasks/{task_id}/complete  flip `completed`, or set it
+    POST   /tasks/{task_id}/complete  the same
     PATCH  /tasks/{task_id}/toggle    the same
+    POST   /tasks/{task_id}/toggle    the same
     GET    /health                    the process lives (public)
     GET    /health/ready              the database answers (public)
     GET    /                          name and version (public)
@@ -25,13 +27,16 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
 from uuid import UUID
 
+import fastapi
+import pydantic
 from fastapi import Depends, Form, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, AliasChoices, Field, StrictBool, StringConstraints
 from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException
@@ -39,20 +44,10 @@ from starlette.middleware import Middleware
 
 import auth
 import db
-from lib import (
-    cors,
-    develop,
-    logs,
-    middleware,
-    openapi,
-    pipeline,
-    postgres,
-    problems,
-    startup,
-    welcome,
-)
-from lib.headers import PRECONDITION_FAILED, Conditions, IdempotencyKey, IfConditions, next_link
-from lib.paths import CanonicalPath
+import lib.pipeline as pipeline
+from lib import cors, develop, logs, middleware, openapi, postgres, problems, startup, welcome
+from lib.headers import Conditions, IdempotencyKey, IfConditions, next_link, precondition_failed
+from lib.paths import CanonicalPath, client_path
 from lib.problems import RETRY, HTTPProblem, Problem, Unauthorized
 from lib.routing import PreparedRoutes
 from lib.settings import BaseSettings
@@ -67,51 +62,67 @@ class Settings(BaseSettings):
 
 settings = Settings.load()
 
-# Schemas (no tables). A field's title and description are its error message.
-
-# Written out, as \s differs between dialects. \x00 is excluded: PostgreSQL cannot store it.
+# Schemas. SQLModel serves as pydantic's BaseModel: none of them is a table, as SQL is in db.py.
+# A field's title and description are the message of a 422.
+# \s differs between the patterns of Rust, Python and JavaScript. \x00 is none that can be stored.
 WHITESPACE = r"\x00-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-NOT_SENT: Any = Field(default_factory=str)  # never read; a plain default would be in OpenAPI
+# For a field that may be left out. Nobody reads it: exclude_unset omits it, as OpenAPI does.
+NOT_SENT: Any = Field(default_factory=str)
 
 Title = Annotated[str, Field(
-    min_length=1, max_length=500, pattern=rf"^[^\x00]*[^{WHITESPACE}][^\x00]*$",
+    title="Title", min_length=1, max_length=500, pattern=rf"^[^\x00]*[^{WHITESPACE}][^\x00]*$",
     description="1 to 500 characters, at least one of them visible", examples=["Buy milk"],
 )]  # fmt: skip
 Description = Annotated[str | None, Field(
-    max_length=5000, pattern=r"^[^\x00]*$",
+    title="Description", max_length=5000, pattern=r"^[^\x00]*$",
     description="up to 5,000 characters", examples=["two litres"],
 )]  # fmt: skip
-Completed = Annotated[StrictBool, Field(  # where both names came, completed wins
-    validation_alias=AliasChoices("completed", "is_completed"), description="true or false",
-)]  # fmt: skip
+Completed = Annotated[StrictBool, Field(title="Completed", description="true or false")]
 Email = Annotated[str, StringConstraints(strip_whitespace=True), Field(
     min_length=3, max_length=254, pattern=rf"^[^@{WHITESPACE}]+@[^@{WHITESPACE}]+$", title="E-mail",
     description="needs an @ between two parts without spaces", examples=["ann@example.com"],
 ), AfterValidator(auth.normal_email)]  # fmt: skip
 Password = Annotated[str, Field(
-    min_length=8, max_length=128, description="8 to 128 characters", examples=["correct horse"],
+    title="Password", min_length=8, max_length=128, description="8 to 128 characters",
+    examples=["correct horse"],
 )]  # fmt: skip
+NAMES_DIFFER = "completed and is_completed differ: send one"
 
 
-class Toggle(SQLModel):
+class TaskBody(SQLModel):
+    """A body about a task. Unknown fields are ignored, so nobody can set an owner or an id."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def read_either_name(cls, sent: Any) -> Any:
+        """Clients send back a task they read with one name changed: neither name may win."""
+        if isinstance(sent, dict) and "is_completed" in sent:
+            sent = {"completed": sent["is_completed"], **sent}
+            if sent["completed"] != sent["is_completed"]:
+                raise ValueError(NAMES_DIFFER)
+        return sent
+
+
+class Toggle(TaskBody):
     """A value to set `completed` to. Without one it is flipped."""
 
     completed: Completed = NOT_SENT
 
 
-class TaskUpdate(Toggle):
-    """The fields to change. Unknown ones are ignored: nobody can set an owner, an id or a time."""
+class TaskUpdate(TaskBody):
+    """The fields to change."""
 
     title: Title = NOT_SENT
     description: Description = NOT_SENT
+    completed: Completed = NOT_SENT
 
 
-class TaskCreate(SQLModel):
+class TaskCreate(TaskBody):
     """A new task."""
 
     title: Title
     description: Description = None
-    completed: Completed = Field(default_factory=bool)  # False
+    completed: Completed = False
 
 
 class Task(SQLModel):
@@ -159,39 +170,45 @@ class AccessToken(SQLModel):
 
 # Errors, and what a request passes on its way to a route.
 
-MESSAGES = problems.messages_of(TaskCreate, Registration)
-MESSAGES["username"] = MESSAGES["email"]
-
-TASK_NOT_FOUND = HTTPProblem(404, "Task not found", "task_not_found")  # or is another user's
-IDENTITY_MISMATCH = HTTPProblem(403, "User identity mismatch", reason="the path of another user")
-ACCOUNT_GONE = Unauthorized(description="the account of this token has been deleted")
-
-# Pattern at the start, replacement, body type (b"": any); each on the result of the last.
-ALIASES = [
-    (r"/(?:api/(?:v1/)?)?(?:tasks|todos)(?=/|$)", "/tasks", b""),
-    (r"/tasks/create$", "/tasks", b""),
-    (r"/tasks/([^/]+)/edit$", r"/tasks/\1", b""),
-    (r"/api/([^/]+)/todos(?=/|$)", r"/api/\1/tasks", b""),
-    (r"/api/(?:v1/)?(?=auth/|users/me$)", "/", b""),
-    (r"/(?:users/me|auth/current_user)$", "/auth/me", b""),
-    (r"/auth/signup$", "/auth/register", b""),
-    (r"/auth/signin$", "/auth/login", b""),
-    (r"/auth/token$", "/auth/login", b"application/json"),
-    (r"/auth/login$", "/auth/token", b"application/x-www-form-urlencoded"),
-    (r"/auth/login$", "/auth/token", b"multipart/form-data"),
-]
-CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no alias changes these
-
-
-EXCEPTIONS: dict[type[Exception], HTTPProblem] = {
-    pipeline.Unavailable: HTTPProblem(503, "The database is not available", "unavailable", RETRY),
-    pipeline.InvalidValue: HTTPProblem(422, "The database cannot store this", "invalid_value"),
-    pipeline.UniqueViolation: HTTPProblem(409, "There is one like this already"),
-    pipeline.ForeignKeyViolation: ACCOUNT_GONE,
-    pipeline.UnexpectedError: HTTPProblem(500, "Internal server error"),
+task_not_found = partial(HTTPProblem, 404, "Task not found", "task_not_found")  # or not the user's
+malformed_id = partial(HTTPProblem, 404, "Task not found: ids are UUIDs", "task_not_found")
+identity_mismatch = partial(HTTPProblem, 403, "User identity mismatch", reason="another's path")
+page_too_large = partial(HTTPProblem, 422, "Over 1 MB: ask for a smaller limit, or follow Link")
+account_gone = partial(Unauthorized, description="the account of this token has been deleted")
+unavailable = partial(HTTPProblem, 503, "The database is not available", "unavailable", RETRY)
+invalid = partial(HTTPProblem, 422, "The database cannot store this", "invalid_value")
+EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
+    pipeline.Unavailable: unavailable,
+    pipeline.InvalidValue: invalid,
+    pipeline.UniqueViolation: partial(HTTPProblem, 409, "There is one like this already"),
+    pipeline.ForeignKeyViolation: account_gone,
+    pipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
 }
 
-respond = problems.responder(MESSAGES, TASK_NOT_FOUND, EXCEPTIONS)
+# Other names of paths, as public frontends call them. The rewrites run top down.
+ALIASES = [
+    (r"/api/v1/", "/api/"),
+    (r"/api/(?=(?:tasks|todos|auth|users|health)(?:/|$))", "/"),
+    (r"/todos(?=/|$)", "/tasks"),
+    (r"/users/([^/]+)/(?:tasks|todos)(?=/|$)", r"/api/\1/tasks"),
+    (r"/api/([^/]+)/todos(?=/|$)", r"/api/\1/tasks"),
+    (r"/((?:api/[^/]+/)?tasks)/create$", r"/\1"),
+    (r"/((?:api/[^/]+/)?tasks/[^/]+)/edit$", r"/\1"),
+    (r"/users/me$|/auth/current_user$", "/auth/me"),
+    (r"/auth/signup$", "/auth/register"),
+    (r"/auth/signin$", "/auth/login"),
+]
+# /auth/login takes JSON and /auth/token a form. A client that mixes them up gets what it meant.
+BY_TYPE = {
+    ("/auth/token", b"application/json"): "/auth/login",
+    ("/auth/login", b"application/x-www-form-urlencoded"): "/auth/token",
+    ("/auth/login", b"multipart/form-data"): "/auth/token",
+}
+CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no alias changes these
+
+# `respond` makes a problem of an exception. ErrorResponses calls it, and where PreparedRoutes has
+# left a route to FastAPI, FastAPI does.
+respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
     {"accounts": "Users and tokens.", "tasks": "A user's tasks.", "service": "The service itself."},
     title="Todo",
@@ -203,9 +220,9 @@ app = openapi.DocumentedAPI(
     telemetry=startup.telemetry(settings.fastapi_otel_auto_configure),
     middleware=[  # outermost first
         Middleware(middleware.RequestLog),  # an id, and a line in the log
-        *cors.cors(settings.cors_origins, "CORS_ORIGINS"),
+        cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
         Middleware(middleware.ErrorResponses, respond=respond),  # a problem for each exception
-        Middleware(CanonicalPath, aliases=ALIASES, unless=CANONICAL),
+        Middleware(CanonicalPath, aliases=ALIASES, by_type=BY_TYPE, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
         Middleware(PreparedRoutes),  # FastAPI's routing, in a third of the time
     ],
@@ -215,26 +232,42 @@ app = openapi.DocumentedAPI(
 
 # Tasks.
 
-
 CurrentUser = Annotated[str, Depends(auth.current_user)]
-Offset = Annotated[int, Query(ge=0, le=10**9, validation_alias=AliasChoices("offset", "skip"))]
+Owner = Annotated[str, fastapi.Path(alias="user_id")]  # the user that a path names
+Limit = Annotated[int, Query(ge=1, le=1000, description="a whole number from 1 to 1000")]
+Page = Annotated[int | None, Query(ge=1, le=10**6, description="a whole number from 1")]
+Offset = Annotated[int | None, Query(ge=0, le=10**9, description="a whole number of tasks to skip",
+    validation_alias=AliasChoices("offset", "skip"))]  # fmt: skip
+After = Annotated[UUID | None, Query(description="the id of the last task seen")]
+Flag = Annotated[bool | None, Query(description="true or false")]
+Status = Literal["all", "completed", "done", "pending", "active", "incomplete", "todo"]
+STATUSES = {"all": None, "completed": True, "done": True}  # of any other, False
 Endpoint = Callable[..., Awaitable[Response]]
 Decorator = Callable[[Endpoint], Endpoint]
 
 
-async def own_path(user_id: str, me: CurrentUser) -> None:
-    if user_id not in (me, "me"):
-        raise IDENTITY_MISMATCH
+async def own_path(owner: Owner, user_id: CurrentUser) -> None:
+    """Raises HTTPProblem(403) unless the path names the token's user, or `me`."""
+    if owner not in (user_id, "me"):
+        raise identity_mismatch()
+
+
+async def completed_filter(
+    completed: Flag = None, is_completed: Flag = None, status: Status = "all"
+) -> bool | None:
+    """The `completed` of the tasks that are asked for; None for any. It wins over `status`."""
+    values = {completed, is_completed} - {None}
+    if len(values) > 1:
+        raise HTTPProblem(422, NAMES_DIFFER)
+    return values.pop() if values else STATUSES.get(status, False)
 
 
 def route(method: str, path: str, **options: Any) -> Decorator:
-    """Registers both roots. user_id is the token's, and only in own_path() the path's."""
+    """Registers a route at `path` and below /api/{user_id}. Both serve the token's user."""
     options |= {"methods": [method], "tags": ["tasks"]}
-    refusals = openapi.errors(TASK_NOT_FOUND) if "{task_id}" in path else {}
-    of_user: Any = {
-        "dependencies": [Depends(own_path)],
-        "responses": refusals | openapi.errors(IDENTITY_MISMATCH),
-    }
+    refusals = openapi.errors(task_not_found()) if "{task_id}" in path else {}
+    of_user: Any = {"responses": refusals | openapi.errors(identity_mismatch())}
+    of_user["dependencies"] = [Depends(own_path)]
 
     def register(endpoint: Endpoint) -> Endpoint:
         app.add_api_route(path, endpoint, responses=refusals, **options)
@@ -254,7 +287,7 @@ async def create_task(
     stored = await db.insert_task(user_id, body.model_dump(), key, sent, outside)
     if stored is None:
         raise HTTPProblem(422, "This Idempotency-Key came with another body before", "key_reused")
-    location = f"{quote(request.scope['path'])}/{stored.id}"
+    location = f"{client_path(request).removesuffix('/create')}/{stored.id}"
     replayed = {"Idempotent-Replayed": "true"} if stored.replayed else {}
     headers = {"ETag": stored.task.etag, "Location": location, **replayed}
     return Response(stored.task.json, 201, headers, "application/json")
@@ -265,22 +298,22 @@ async def list_tasks(
     request: Request,
     user_id: CurrentUser,
     conditions: IfConditions,
-    completed: bool | None = None,
-    status: Literal["completed", "pending", "all"] = "all",
-    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
-    after: UUID | None = None,
-    offset: Offset = 0,
-    page: Annotated[int, Query(ge=1, le=10**6)] = 1,
+    completed: Annotated[bool | None, Depends(completed_filter)],
+    limit: Limit = 1000,
+    after: After = None,
+    offset: Offset = None,
+    page: Page = None,
 ) -> Response:
     """List tasks, newest first. While more follow, `Link` has the address of the next page.
 
     It goes on by `after`, the id of the last task seen: without a filter, such a page costs the
     same however far it is. Pages by `offset` (or `skip`) or `page` (from 1) cost more and more.
     """
-    if completed is None and status != "all":
-        completed = status == "completed"
-    offset += (page - 1) * limit
-    tasks, last_id = await db.select_tasks(user_id, completed, after, offset, limit)
+    skipped = (offset or 0) + ((page or 1) - 1) * limit
+    tasks, last_id = await db.select_tasks(user_id, completed, after, skipped, limit)
+    is_cut = last_id and tasks.count(b"\n") + 1 < limit
+    if is_cut and (offset, page) != (None, None):  # the next offset or page would skip tasks
+        raise page_too_large()
     headers = {"Link": next_link(request, last_id)} if last_id else {}
     etag = f'"{hashlib.sha256(tasks).hexdigest()[:32]}"'
     return conditions.respond(tasks, etag, headers)
@@ -291,7 +324,7 @@ async def get_task(user_id: CurrentUser, task_id: UUID, conditions: IfConditions
     """Read a task."""
     task = await db.select_task(user_id, task_id)
     if task is None:
-        raise TASK_NOT_FOUND
+        raise task_not_found()
     return conditions.respond(task.json, task.etag, {})
 
 
@@ -303,43 +336,51 @@ async def update_task(
     """Change the fields sent, and no others."""
     changes = body.model_dump(exclude_unset=True)
     task = await db.update_task(user_id, task_id, changes, conditions.versions(db.SHAPE))
-    return await respond_written(task, user_id, task_id, conditions)
+    if task is None:
+        raise await refusal(user_id, task_id, conditions)
+    return written(task)
 
 
 @route("PATCH", "/tasks/{task_id}/complete", response_model=Task, name="complete_task")
+@route("POST", "/tasks/{task_id}/complete", response_model=Task, name="complete_task_by_post")
 @route("PATCH", "/tasks/{task_id}/toggle", response_model=Task)
+@route("POST", "/tasks/{task_id}/toggle", response_model=Task, name="toggle_task_by_post")
 async def toggle_task(
     user_id: CurrentUser, task_id: UUID, conditions: IfConditions, body: Toggle | None = None
 ) -> Response:
     """Flip `completed`, or set it to the value sent."""
     value = body.completed if body and body.model_fields_set else None
     task = await db.toggle_task(user_id, task_id, value, conditions.versions(db.SHAPE))
-    return await respond_written(task, user_id, task_id, conditions)
+    if task is None:
+        raise await refusal(user_id, task_id, conditions)
+    return written(task)
 
 
-@route("DELETE", "/tasks/{task_id}", status_code=204)
+@route("DELETE", "/tasks/{task_id}", response_model=dict[str, str])
 async def delete_task(user_id: CurrentUser, task_id: UUID, conditions: IfConditions) -> Response:
     """Delete a task."""
     if not await db.delete_task(user_id, task_id, conditions.versions(db.SHAPE)):
-        await respond_written(None, user_id, task_id, conditions)
-    return Response(status_code=204)
+        raise await refusal(user_id, task_id, conditions)
+    return JSONResponse({"message": "Task deleted"})
 
 
-async def respond_written(
-    task: db.Task | None, user_id: str, task_id: UUID, conditions: Conditions
-) -> Response:
-    """The written task. For None raises 412 if If-Match refused one, or else 404."""
-    if task:
-        return Response(task.json, 200, {"ETag": task.etag}, "application/json")
+def written(task: db.Task) -> Response:
+    return Response(task.json, 200, {"ETag": task.etag}, "application/json")
+
+
+async def refusal(user_id: str, task_id: UUID, conditions: Conditions) -> HTTPProblem:
+    """Why nothing was written: 412 where If-Match or If-None-Match refused a task, or else 404."""
     if conditions.versions(db.SHAPE) is not None and await db.select_task(user_id, task_id):
-        raise PRECONDITION_FAILED
-    raise TASK_NOT_FOUND
+        return precondition_failed()
+    return task_not_found()
 
 
 # Accounts.
 
-EMAIL_TAKEN = HTTPProblem(409, "E-mail already registered", "email_taken")
-WRONG_CREDENTIALS = Unauthorized(code="wrong_credentials", detail="Wrong e-mail or password")
+email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_taken")
+wrong_credentials = partial(
+    Unauthorized, code="wrong_credentials", detail="Wrong e-mail or password"
+)
 
 
 def account_route(path: str, refusal: HTTPProblem, status: int = 200) -> Decorator:
@@ -362,27 +403,27 @@ async def log_in(request: Request, email: str, password: str) -> Response:
     # Without an account it takes as long.
     matches = await auth.passwords.check(password, account and account.password_hash)
     if account is None or not matches:
-        raise WRONG_CREDENTIALS
+        raise wrong_credentials()
     return token_response(account)
 
 
-@account_route("/auth/register", EMAIL_TAKEN, status=201)
+@account_route("/auth/register", email_taken(), status=201)
 async def register(request: Request, body: Registration) -> Response:
     """Make an account and get its token."""
     await auth.throttle(request, body.email)
     account = await db.insert_account(body.email, await auth.passwords.hash(body.password))
     if account is None:
-        raise EMAIL_TAKEN
+        raise email_taken()
     return token_response(account, 201)
 
 
-@account_route("/auth/login", WRONG_CREDENTIALS)
+@account_route("/auth/login", wrong_credentials())
 async def login(request: Request, body: Login) -> Response:
     """Get a token for an account."""
     return await log_in(request, body.email, body.password)
 
 
-@account_route("/auth/token", WRONG_CREDENTIALS)
+@account_route("/auth/token", wrong_credentials())
 async def login_by_form(
     request: Request,
     username: Annotated[Email, Form()],

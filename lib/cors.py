@@ -1,23 +1,94 @@
 """CORS: which web pages may call the service from a browser."""
 
 import re
+from ipaddress import IPv6Address
 from typing import Any
+from urllib.parse import urlsplit
 
+import idna
+from fastapi import Request
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lib.problems import HTTPProblem, Respond
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
-EXPOSED = ["ETag", "Idempotent-Replayed", "Link", "Location", "Retry-After", "X-Request-ID"]
+EXPOSED = [
+    "Allow", "ETag", "Idempotent-Replayed", "Link", "Location", "RateLimit", "RateLimit-Policy",
+    "Retry-After", "WWW-Authenticate", "X-Request-ID",
+]  # fmt: skip
+DEFAULT_PORTS = {"http": 80, "https": 443}  # browsers leave them out
+HOST = re.compile(r"[a-z0-9*_.-]+|\[[0-9a-f:.]+\]")
 
 
-def cors(origins: str, setting: str) -> list[Middleware]:
-    """CORS for origins separated by commas. Without any it is left out: it takes 20 us a request.
+class CORS(CORSMiddleware):
+    """Starlette's CORSMiddleware. A preflight that is refused gets a problem that says why."""
 
-    Raises SystemExit for an origin that no browser sends: with a path, or without a scheme.
+    def __init__(self, app: ASGIApp, setting: str, respond: Respond, options: Any) -> None:
+        super().__init__(app, **options)
+        self.setting, self.respond = setting, respond
+        self.is_on = bool(options["allow_origins"] or options["allow_origin_regex"])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope.get("method") == "OPTIONS" else Headers()
+        if "origin" in headers and "access-control-request-method" in headers:
+            response = self.preflight_response(headers)
+            if response.status_code != 200:
+                text = bytes(response.body).decode()
+                if not self.is_allowed_origin(headers["origin"]):
+                    text = f"The origin of this page is not in {self.setting}"
+                response = await self.respond(Request(scope), HTTPProblem(400, text))
+            return await response(scope, receive, send)
+        if not self.is_on:  # it would take 20 us a request
+            return await self.app(scope, receive, send)
+        await super().__call__(scope, receive, send)
+
+
+def cors(origins: str, setting: str, respond: Respond) -> Middleware:
+    """CORS for origins separated by commas, like https://app.example.com or tauri://localhost.
+
+    A * stands for one label or a part of it, as in https://*.example.com, or alone for any origin.
+    Raises SystemExit for what no browser sends as an origin.
     """
-    allowed = [origin.strip() for origin in origins.split(",") if origin.strip()]
-    if not all(re.fullmatch(r"\*|https?://[\w.:\[\]-]+", origin) for origin in allowed):
-        raise SystemExit(f"{setting} takes origins like https://app.example.com, no / at the end")
-    options: Any = {"allow_origins": allowed, "allow_methods": METHODS, "allow_headers": ["*"]}
-    options |= {"allow_credentials": True, "expose_headers": EXPOSED}
-    return [Middleware(CORSMiddleware, **options)] if allowed else []
+    try:
+        allowed = [normalize(each.strip()) for each in origins.split(",") if each.strip()]
+    except ValueError:
+        text = (
+            "takes origins like https://app.example.com or https://*.example.com, no / at the end"
+        )
+        raise SystemExit(f"{setting} {text}") from None
+    wild = [re.escape(each) for each in allowed if "*" in each and each != "*"]
+    options: dict[str, Any] = {
+        "allow_methods": METHODS,
+        "allow_headers": ["*"],
+        "expose_headers": EXPOSED,
+    }
+    options["allow_origin_regex"] = "|".join(wild).replace(r"\*", "[a-z0-9-]+") or None
+    options |= {"allow_origins": allowed, "allow_credentials": True}
+    return Middleware(CORS, setting=setting, respond=respond, options=options)
+
+
+def normalize(origin: str) -> str:
+    """The origin as browsers send it: lower case, ASCII, no default port. Raises ValueError."""
+    if origin == "*":
+        return origin
+    parts = urlsplit(origin)
+    host = to_ascii(parts.hostname or "")
+    first, _, rest = host.partition(".")
+    is_wide = first.count("*") != 1 or "*" in rest or ("." not in rest and rest != "localhost")
+    if ("*" in host and is_wide) or not HOST.fullmatch(host) or not parts.scheme:
+        raise ValueError(origin)
+    if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ValueError(origin)
+    is_usual = parts.port in (None, DEFAULT_PORTS.get(parts.scheme))
+    return f"{parts.scheme}://{host}" + ("" if is_usual else f":{parts.port}")
+
+
+def to_ascii(host: str) -> str:
+    """A host as in DNS (IDNA 2008), or an IPv6 address in brackets."""
+    if ":" in host:
+        return f"[{IPv6Address(host)}]"
+    labels = host.split(".")
+    return ".".join(n if n.isascii() else idna.encode(n, uts46=True).decode() for n in labels)

@@ -1,18 +1,22 @@
 """What routes take from headers, and a Link: conditional requests, Idempotency-Key, next pages."""
 
 import re
+from functools import partial
 from typing import Annotated, NamedTuple
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from fastapi import Depends, Header, Request, Response
 from pydantic import AfterValidator, WithJsonSchema
 
+from lib.paths import client_path
 from lib.problems import HTTPProblem
 
-PRECONDITION_FAILED = HTTPProblem(412, "It has been changed since")
 TAG = r'(?:W/)?"[!#-~]*"'
 # Possessive (`*+`): white space between commas matches one way only, so that it takes linear time.
 TAGS = re.compile(rf"(?:{TAG})?(?:[ \t]*+,[ \t]*+(?:{TAG})?)*+")
+
+
+precondition_failed = partial(HTTPProblem, 412, "It has been changed since")
 
 
 class Conditions(NamedTuple):
@@ -34,9 +38,9 @@ class Conditions(NamedTuple):
         return [int(each[1]) for each in found if each]
 
     def respond(self, json: bytes, etag: str, headers: dict[str, str]) -> Response:
-        """200, or 304 where the client has it already. Raises PRECONDITION_FAILED."""
+        """200, or 304 where the client has it already. Raises HTTPProblem(412)."""
         if self.match is not None and self.match != ["*"] and etag not in self.match:
-            raise PRECONDITION_FAILED
+            raise precondition_failed()
         headers["ETag"] = etag
         known = [tag.removeprefix("W/") for tag in self.none_match or ()]
         if known == ["*"] or etag in known:
@@ -84,9 +88,7 @@ IdempotencyKey = Annotated[
 
 
 def next_link(request: Request, last_id: str) -> str:
-    """The address of what follows `last_id`, with the other parameters that the route takes."""
-    taken = {field.alias for field in request.scope["route"].dependant.query_params}
-    kept = {name: value for name, value in request.query_params.items() if name in taken}
-    query = {name: value for name, value in kept.items() if name not in ("offset", "page")}
-    url = quote(request.scope["path"]) + "?" + urlencode(query | {"after": last_id})
-    return f'<{url}>; rel="next"'
+    """Link to what follows `last_id`: the request's path and query, with `after` for the place."""
+    place = ("after", "offset", "skip", "page")
+    query = {name: text for name, text in request.query_params.items() if name not in place}
+    return f'<{client_path(request)}?{urlencode(query | {"after": last_id})}>; rel="next"'

@@ -1,34 +1,66 @@
 """Middleware that gives each path one form before it is routed."""
 
 import re
+from urllib.parse import quote
 
+from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lib.problems import HTTPProblem
 from lib.state import state_of
 
 
 class CanonicalPath:
     """Gives each path one form before it is routed, and routes HEAD as GET.
 
-    A redirect can lose the Authorization. An alias is a pattern, what it becomes, and the type of
-    the body where only that is meant.
+    It never redirects, because a client may drop the Authorization header then. `aliases` are
+    patterns at the start of a path and what they become. They run top down, each on the result of
+    the one before. `by_type` has, for a path and the media type of a body, the path that takes it.
+    A path of the form `unless` has no alias. Raises HTTPProblem(404).
     """
 
-    def __init__(self, app: ASGIApp, aliases: list[tuple[str, str, bytes]], unless: str) -> None:
-        self.app, self.unless = app, re.compile(unless)
-        self.aliases = [(re.compile("^" + path), form, kind) for path, form, kind in aliases]
+    def __init__(
+        self,
+        app: ASGIApp,
+        aliases: list[tuple[str, str]],
+        by_type: dict[tuple[str, bytes], str],
+        unless: str,
+    ) -> None:
+        self.app, self.by_type, self.unless = app, by_type, re.compile(unless)
+        self.aliases = [(re.compile("^" + pattern), form) for pattern, form in aliases]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        path = scope["path"].rstrip("/") or "/"
+        root = scope["root_path"] = scope["root_path"].rstrip("/")
+        path, state = scope["path"], state_of(scope)
+        if root and path.startswith(root + "/"):  # a proxy may have removed it
+            path = path[len(root) :]
+        if b"%2f" in scope.get("raw_path", b"").lower():  # it is no slash (RFC 3986 section 2.2)
+            raise HTTPProblem(404)
+        state.path = root + path
         if not self.unless.fullmatch(path):
-            sent = state_of(scope).headers.get(b"content-type", b"")
-            for pattern, form, kind in self.aliases:
-                path = pattern.sub(form, path) if sent.startswith(kind) else path
-        scope["path"] = path
+            path = re.sub("/+", "/", path).rstrip("/") or "/"
+            if path.endswith("\n"):  # a route's $ would match before it
+                raise HTTPProblem(404)
+            state.path = root + path
+            for pattern, form in self.aliases:
+                path = pattern.sub(form, path)
+            kind = state.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            path = self.by_type.get((path, kind), path)
+        scope["path"] = root + path
+        if scope["query_string"]:  # a parameter without a value is as good as none
+            parts = scope["query_string"].split(b"&")
+            scope["query_string"] = b"&".join(part for part in parts if part.partition(b"=")[2])
         if scope["method"] != "HEAD":
             return await self.app(scope, receive, send)
         routed = {**scope, "method": "GET"}  # uvicorn looks at the original and sends no body
-        await self.app(routed, receive, send)
-        scope["route"] = routed.get("route")
+        try:
+            await self.app(routed, receive, send)
+        finally:
+            scope["route"] = routed.get("route")  # for the log
+
+
+def client_path(request: Request) -> str:
+    """The path by which the client came, with the root path, quoted for Location and Link."""
+    return quote(state_of(request.scope).path)

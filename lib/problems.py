@@ -1,16 +1,22 @@
 """Errors as RFC 9457 writes them: application/problem+json, with a stable `code` for programs.
 
-app = FastAPI(exception_handlers={HTTPException: responder(messages, HTTPProblem(404, "None"))})
-raise HTTPProblem(409, "E-mail already registered", "email_taken")
+    email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_taken")
+    raise email_taken()
+
+A problem that is raised in several places is a partial, because an exception that is raised twice
+keeps the traceback, and with it the request, of the first time.
 """
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import cache
 from http import HTTPStatus
-from typing import Any
+from inspect import signature
+from typing import Any, get_args
 
-from fastapi import Request, Response
+from fastapi import Request, Response, params
 from fastapi.exceptions import RequestValidationError
+from pydantic.fields import FieldInfo
 from sqlmodel import Field, SQLModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -19,7 +25,9 @@ from starlette.types import Scope
 from lib.state import state_of
 
 Respond = Callable[[Request, Exception], Awaitable[Response]]
+RETRY = {"Retry-After": "2"}
 PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # newer than Python 3.11's
+NO_OBJECT = {"missing", "dict_type", "model_type", "model_attributes_type"}  # pydantic's types
 
 
 class FieldError(SQLModel):
@@ -37,6 +45,7 @@ class Problem(SQLModel):
     title: str
     status: int
     detail: str
+    message: str  # `detail` again, for clients that look here
     code: str
     request_id: str
     errors: list[FieldError] = Field(default_factory=list)
@@ -65,15 +74,16 @@ class HTTPProblem(HTTPException):
     def members(self, request_id: str) -> dict[str, Any]:
         """The JSON object that a client gets."""
         body = {"type": "about:blank", "title": self.title, "status": self.status_code}
-        body |= {"detail": self.detail, "code": self.code, "request_id": request_id}
+        body |= {"detail": self.detail, "message": self.detail, "code": self.code}
+        body["request_id"] = request_id
         return body | ({"errors": list(self.errors)} if self.errors else {})
 
 
-RETRY = {"Retry-After": "2"}
-
-
 class Unauthorized(HTTPProblem):
-    """401 with a challenge (RFC 6750 section 3). `description` never holds a value of the token."""
+    """401 with a challenge. `description` tells the client what is wrong, but no value of a token.
+
+    `code` is for programs, `detail` for people.
+    """
 
     def __init__(
         self,
@@ -83,44 +93,38 @@ class Unauthorized(HTTPProblem):
         detail: str = "Could not validate credentials",
         reason: str = "",
     ) -> None:
-        challenge, errors = 'Bearer realm="todo"', []
-        if code not in ("not_authenticated", "wrong_credentials", "wrong_password"):
-            challenge += ', error="invalid_token"'
-        if description:
-            challenge += f', error_description="{description}"'
-            errors = [{"loc": ["header", "authorization"], "msg": description, "type": code}]
-        headers = {"WWW-Authenticate": challenge}
-        super().__init__(401, detail, code, headers, errors, reason=reason or description or code)
+        place = ["header", "authorization"]
+        errors = [{"loc": place, "msg": description, "type": code}] if description else []
+        super().__init__(401, detail, code, errors=errors, reason=reason or description or code)
+        self.description = description
 
-
-def messages_of(*schemas: type[SQLModel]) -> dict[str, str]:
-    """A sentence for each field that is described, as "Title: 1 to 500 characters"."""
-    return {
-        name: f"{field.title or name.capitalize()}: {field.description}"
-        for schema in schemas
-        for name, field in schema.model_fields.items()
-        if field.description
-    }
+    def challenge(self, realm: str) -> str:
+        """WWW-Authenticate (RFC 6750 section 3): without an error where no token came."""
+        text = f'Bearer realm="{realm}"'
+        if self.code not in ("not_authenticated", "wrong_credentials", "wrong_password"):
+            text += ', error="invalid_token"'
+        return text + (f', error_description="{self.description}"' if self.description else "")
 
 
 def responder(
-    messages: Mapping[str, str],
-    bad_path: HTTPProblem,
-    exceptions: Mapping[type[Exception], HTTPProblem],
+    realm: str,
+    malformed_path: Callable[[], HTTPProblem],
+    exceptions: Mapping[type[Exception], Callable[[], HTTPProblem]],
 ) -> Respond:
-    """An exception handler for all exceptions.
+    """An exception handler for all exceptions. `realm` is for the challenge of a 401.
 
-    `messages` has a sentence for each field. `bad_path` answers a path with a value that cannot
-    be. `exceptions` are those of the host: what they say goes to the log, so it may hold no input.
+    `malformed_path` answers a path with a value that cannot be, like an id that is no UUID.
+    `exceptions` are those of the host. Their text goes to the log, so it may hold no input.
     """
 
     async def respond(request: Request, error: Exception) -> Response:
         scope, state = request.scope, state_of(request.scope)
         known = exceptions.get(type(error))
-        problem = known or to_problem(error, messages, bad_path)
-        problem.__traceback__ = problem.__context__ = None  # a constant would gather them
+        problem = known() if known else to_problem(error, scope, malformed_path)
         state.reason = problem.reason or (str(error) if known else "")
         headers = dict(problem.headers or {})
+        if isinstance(problem, Unauthorized):
+            headers["WWW-Authenticate"] = problem.challenge(realm)
         if problem.status_code == 405:  # Starlette names the methods of one route
             headers["Allow"] = ", ".join(allowed_methods(scope))
         body = json.dumps(problem.members(state.request_id))
@@ -129,10 +133,12 @@ def responder(
     return respond
 
 
-def to_problem(error: Exception, messages: Mapping[str, str], bad_path: HTTPProblem) -> HTTPProblem:
-    """The problem that an exception stands for: 500 for those that nobody has foreseen.
+def to_problem(
+    error: Exception, scope: Scope, malformed_path: Callable[[], HTTPProblem]
+) -> HTTPProblem:
+    """The problem that an exception stands for: 500 for one that nobody has foreseen.
 
-    What is against a schema is 422, what is no JSON 400. Neither repeats the input.
+    A body that is not JSON is 400, a value against its schema 422. Neither repeats the input.
     """
     if isinstance(error, HTTPProblem):
         return error
@@ -140,16 +146,46 @@ def to_problem(error: Exception, messages: Mapping[str, str], bad_path: HTTPProb
         return HTTPProblem(error.status_code, str(error.detail), headers=error.headers)
     if not isinstance(error, RequestValidationError):
         return HTTPProblem(500, "Internal server error")
-    errors = []
-    for each in error.errors():
-        name = str(each["loc"][-1])
-        message = messages.get(name) or f"{name}: {each['msg']}"
-        errors.append({"loc": each["loc"], "msg": message, "type": each["type"]})
-    if errors[0]["type"] == "json_invalid":
-        return HTTPProblem(400, f"The body is not JSON: {error.errors()[0]['msg']}")
-    if any(each["loc"][0] == "path" for each in errors):
-        return bad_path
+    wrong = error.errors()
+    if wrong[0]["type"] == "json_invalid":
+        return HTTPProblem(400, f"The body is not JSON: {wrong[0]['msg']}")
+    if any(each["loc"][0] == "path" for each in wrong):  # 404 whatever else is wrong
+        return malformed_path()
+    known = sentences(scope["route"].endpoint) if "route" in scope else {}
+    errors = [
+        {"loc": each["loc"], "msg": sentence(each, known), "type": each["type"]} for each in wrong
+    ]
     return HTTPProblem(422, errors[0]["msg"], errors=errors)
+
+
+def sentence(error: Mapping[str, Any], known: Mapping[str, str]) -> str:
+    """What is wrong with a value: the sentence of its field, or else pydantic's words."""
+    name, words = str(error["loc"][-1]), error["msg"].removeprefix("Value error, ")
+    if len(error["loc"]) == 1:  # the whole body
+        return "The body has to be a JSON object" if error["type"] in NO_OBJECT else words
+    words = "has to be sent" if error["type"] == "missing" else words
+    return known.get(name.lower(), f"{name}: {words}")
+
+
+@cache
+def sentences(function: Callable[..., Any]) -> dict[str, str]:
+    """By name, a sentence for each value that a route or its dependencies take and describe.
+
+    It consists of the field's title, or else its name, and its description.
+    """
+    fields: dict[str, FieldInfo] = {}
+    found: dict[str, str] = {}
+    for name, parameter in signature(function).parameters.items():
+        fields[name] = FieldInfo.from_annotation(parameter.annotation)
+        for part in (parameter.annotation, *get_args(parameter.annotation)):
+            fields |= getattr(part, "model_fields", {})
+            found |= sentences(part.dependency) if isinstance(part, params.Depends) else {}
+    for name, info in fields.items():
+        if info.description:
+            sent_as = getattr(info.validation_alias, "choices", [info.alias or name])
+            text = f"{info.title or info.alias or name}: {info.description}"
+            found |= {alias.lower(): text for alias in sent_as}  # as a header's name may come
+    return found
 
 
 def allowed_methods(scope: Scope) -> list[str]:

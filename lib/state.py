@@ -13,6 +13,7 @@ class RequestState:
     request_id: str
     client: str  # the address of the client, for limits and the log
     body: bytes | None  # b"" when none was announced, None until it has been read
+    path: str = ""  # as the client wrote it, root path included; set by CanonicalPath
     user_id: str | None = None  # set by auth.current_user
     status: int | None = None  # set when the response starts
     reason: str = ""  # why a request was refused, for the log alone
