@@ -56,7 +56,8 @@ Account = dict[str, str]
 def service_files() -> list[Path]:
     """The files that the service needs to run, relative to its folder."""
     front = [Path(name) for name in ("main.py", "auth.py", "db.py", "schema.sql")]
-    library = [path.relative_to(HERE) for path in sorted((HERE / "lib").rglob("*.*"))]
+    folders = [HERE / "lib", HERE / "pgpipeline"]
+    library = [path.relative_to(HERE) for each in folders for path in sorted(each.glob("*.*"))]
     return front + [path for path in library if "__pycache__" not in path.parts]
 
 

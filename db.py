@@ -1,47 +1,50 @@
-"""Speaks SQL: each statement of the service, above the function that runs it.
+"""The SQL of the service: each statement above the function that runs it.
 
-A task comes back as JSON that goes to the client as it is. "No row" is None. Each function may
-raise Unavailable (503); one that writes may raise InvalidValue (422) too. A Statement that begins
-with SELECT only reads. The values in a row are bytes.
+A task comes back as JSON, and the client gets those bytes. "No such row" is None here. A function
+may raise pgpipeline's Unavailable, which main.py answers with 503. One that writes may also raise
+InvalidValue (422). The values in a row are bytes.
 """
 
 import hashlib
+import json
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
 
-from lib.pipeline import ConnectionPool, ForeignKeyViolation, PipelinePool, Rows, Statement, Value
 from lib.postgres import connection_string, prepare_database
-from lib.rows import cut_array, to_json
 from lib.settings import BaseSettings
+from lib.telemetry import span_of
+from pgpipeline import ConnectionPool, ForeignKeyViolation, PipelinePool, Result, Statement, Value
 
 
 class Settings(BaseSettings):
-    database_url: str = ""  # required, but for `python main.py`
+    """Where the database is."""
+
+    database_url: str = ""  # required, but not by `python main.py`
 
 
 settings = Settings.load()
 
-# What a client may write, and what an answer shows (id first). A new field goes into WRITABLE.
+# What a client may write, and what an answer shows. A new field goes into WRITABLE.
 WRITABLE = ["title", "description", "completed"]
 SHOWN = ["id", "user_id", *WRITABLE, "completed AS is_completed", "created_at", "updated_at"]
 COLUMNS = ", ".join(SHOWN)
 SHAPE = hashlib.sha256(COLUMNS.encode()).hexdigest()[:8]  # in ETags: a new field makes all stale
-PING_TTL = 5.0  # seconds that an answer of the database counts
-PAGE_BYTES = 1_000_000  # at most: a client that never reads holds no more
+PAGE_BYTES = 1_000_000  # of a page of tasks, so that nobody's page fills the memory
+PING_TTL = 5.0  # seconds for which an answer of the database counts as a sign of life
 
 # A formatter would put a line break before the f""" of each statement.
 # fmt: off
 
 
-class Task(NamedTuple):
+class TaskJSON(NamedTuple):
     """A task as JSON in UTF-8, and its ETag: "version-SHAPE"."""
 
     json: bytes
     etag: str
 
 
-# tasks_pkey serves every statement on tasks but INSERT.
+# The primary key, tasks_pkey, serves every statement on tasks but INSERT.
 SELECT_TASK = Statement("SELECT_TASK", f"""
 SELECT {COLUMNS}, version
 FROM todo.tasks
@@ -49,48 +52,63 @@ WHERE user_id = %(user_id)s AND id = %(task_id)s
 """)
 
 
-async def select_task(user_id: str, task_id: UUID) -> Task | None:
-    return task_in(SELECT_TASK, await fetch(SELECT_TASK, user_id=user_id, task_id=task_id))
+async def select_task(user_id: str, task_id: UUID) -> TaskJSON | None:
+    return to_task(await fetch(SELECT_TASK, user_id=user_id, task_id=task_id))
 
 
-# A backward scan of the primary key from where the last page ended: without a filter, page 100
-# costs what page 1 does. coalesce() keeps that one range, as OR would not. LIMIT + 1 tells whether
-# more follow. Each task is one line, as JSON escapes line breaks: cut_array() cuts between lines.
-# row_to_json() is twice as fast as lib's to_json(); Citus bars it in RETURNING.
+class Page(NamedTuple):
+    """A JSON array of tasks. `last_id` is there when more tasks follow. `is_cut` says that the page
+    ends early, at PAGE_BYTES."""
+
+    json: bytes
+    last_id: str | None
+    is_cut: bool
+
+
+# The page begins where the last one ended, by a backward scan of the primary key. So page 100 costs
+# as much as page 1. coalesce() keeps the condition on id a range of that index; OR would not.
+# LIMIT + 1 tells whether more tasks follow. Each task is one line, as JSON has no line break in it.
+# Tasks of control characters are up to 33 KB each, so PostgreSQL cuts what it sends; left() reads
+# all of a text, so it is for long ones only.
 SELECT_TASKS = Statement("SELECT_TASKS", f"""
-SELECT '[' || coalesce(string_agg(row_to_json(page)::text, E',\\n'), '') || ']', count(*)
+SELECT CASE WHEN octet_length(lines) > {PAGE_BYTES} THEN left(lines, {PAGE_BYTES}) ELSE lines END,
+    count
 FROM (
-    SELECT {COLUMNS}
-    FROM todo.tasks
-    WHERE user_id = %(user_id)s
-        AND id < coalesce(%(after)s, 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid)
-        AND (completed = %(completed)s OR %(completed)s IS NULL)
-    ORDER BY user_id DESC, id DESC
-    LIMIT %(limit)s::integer + 1
-    OFFSET %(offset)s::bigint
-) AS page
+    SELECT string_agg(row_to_json(page)::text, E',\\n') AS lines, count(*) AS count
+    FROM (
+        SELECT {COLUMNS}
+        FROM todo.tasks
+        WHERE user_id = %(user_id)s
+            AND id < coalesce(%(after)s, 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid)
+            AND (completed = %(completed)s OR %(completed)s IS NULL)
+        ORDER BY user_id DESC, id DESC
+        LIMIT %(limit)s::integer + 1
+        OFFSET %(offset)s::bigint
+    ) AS page
+) AS whole
 """)
 
 
 async def select_tasks(
     user_id: str, completed: bool | None, after: UUID | None, offset: int, limit: int
-) -> tuple[bytes, str | None]:
-    """Up to `limit` tasks or PAGE_BYTES, newest first, and the last id while more follow."""
+) -> Page:
+    """Up to `limit` tasks of at most PAGE_BYTES together, newest first."""
     values: dict[str, Value] = {"user_id": user_id, "completed": completed, "after": after}
-    [(array, count)] = await fetch(SELECT_TASKS, offset=offset, limit=limit, **values)
-    return cut_array(array, has_surplus=int(count) > limit, max_size=PAGE_BYTES)
+    [(lines, count)] = await fetch(SELECT_TASKS, offset=offset, limit=limit, **values)
+    return to_page(lines or b"", has_surplus=int(count) > limit)
 
 
 class Stored(NamedTuple):
     """A stored task, its id, and whether an earlier request with its key had stored it."""
 
-    task: Task
+    task: TaskJSON
     id: str
     replayed: bool
 
 
-# A known Idempotency-Key makes this an update that changes nothing, as DO NOTHING returns no row.
-# xmax is 0 in a new row only. The same key with other fields returns no row.
+# A known Idempotency-Key makes this an UPDATE that changes nothing, because DO NOTHING returns no
+# row. xmax, the transaction that replaced a row, is 0 in a row that was inserted just now. No row
+# comes back when the key was used with another body.
 INSERT_TASK = Statement("INSERT_TASK", f"""
 INSERT INTO todo.tasks (user_id, {", ".join(WRITABLE)}, idempotency_key, idempotency_digest)
 VALUES (%(user_id)s, {", ".join(f"%({field})s" for field in WRITABLE)}, %(key)s, %(digest)s)
@@ -108,9 +126,9 @@ ON CONFLICT (id) DO NOTHING
 
 
 async def insert_task(
-    user_id: str, fields: dict[str, Value], key: str | None, sent: str, outside: bool
+    user_id: str, fields: dict[str, Value], key: str | None, sent: str, *, outside: bool
 ) -> Stored | None:
-    """Stores a task; returns None if its key came with another body. `sent` is the body as JSON.
+    """Stores a task. None when the Idempotency-Key was used with another body; `sent` is the body.
 
     A user of an `outside` issuer gets a row with the first task. Raises ForeignKeyViolation for an
     account that has been deleted.
@@ -118,18 +136,21 @@ async def insert_task(
     digest = hashlib.sha256(sent.encode()).hexdigest() if key else None
     values = {**fields, "user_id": user_id, "key": key, "digest": digest}
     try:
-        rows = await fetch(INSERT_TASK, **values)
+        result = await fetch(INSERT_TASK, **values)
     except ForeignKeyViolation:
         if not outside:
             raise
         await fetch(INSERT_OWNER, user_id=user_id)
-        rows = await fetch(INSERT_TASK, **values)
-    task = task_in(INSERT_TASK, rows)
-    return Stored(task, rows[0][0].decode(), rows[0][-1] == b"t") if task else None
+        result = await fetch(INSERT_TASK, **values)
+    if not (task := to_task(result)):
+        return None
+    [(task_id, *_, replayed)] = result
+    return Stored(task, task_id.decode(), replayed == b"t")
 
 
-# Fields that were not sent stay. The update is HOT, as no index has these columns.
-# now() is the start of this UPDATE: one that began later may have been first to write.
+# Fields that were not sent keep their values. No index has these columns, so the update is HOT.
+# now() is when this UPDATE began. One that began later may have been committed first, so updated_at
+# takes the later of the two, and never goes back.
 UPDATE_TASK = Statement("UPDATE_TASK", f"""
 UPDATE todo.tasks
 SET {", ".join(f"{n} = CASE WHEN %(sets_{n})s THEN %({n})s ELSE {n} END" for n in WRITABLE)},
@@ -143,17 +164,17 @@ RETURNING {COLUMNS}, version
 
 async def update_task(
     user_id: str, task_id: UUID, changes: dict[str, Value], versions: list[int] | None
-) -> Task | None:
+) -> TaskJSON | None:
     """Changes a task if its version is one of `versions` (of If-Match; None: any version)."""
     if not changes and versions is None:  # a read will do
         return await select_task(user_id, task_id)
     values: dict[str, Value] = {"user_id": user_id, "task_id": task_id, "versions": versions}
     for field in WRITABLE:
         values |= {field: changes.get(field), f"sets_{field}": field in changes}
-    return task_in(UPDATE_TASK, await fetch(UPDATE_TASK, **values))
+    return to_task(await fetch(UPDATE_TASK, **values))
 
 
-# `NOT completed` is read and written under the row's lock: no toggle is lost to another.
+# `NOT completed` is read and written under the row's lock: of two toggles at once, both count.
 TOGGLE_TASK = Statement("TOGGLE_TASK", f"""
 UPDATE todo.tasks
 SET completed = coalesce(%(completed)s, NOT completed),
@@ -167,11 +188,11 @@ RETURNING {COLUMNS}, version
 
 async def toggle_task(
     user_id: str, task_id: UUID, completed: bool | None, versions: list[int] | None
-) -> Task | None:
+) -> TaskJSON | None:
     """Sets `completed`, or flips it for None, if the version is one of `versions`."""
     values: dict[str, Value] = {"user_id": user_id, "task_id": task_id}
     values |= {"completed": completed, "versions": versions}
-    return task_in(TOGGLE_TASK, await fetch(TOGGLE_TASK, **values))
+    return to_task(await fetch(TOGGLE_TASK, **values))
 
 
 DELETE_TASK = Statement("DELETE_TASK", """
@@ -195,7 +216,8 @@ class Account(NamedTuple):
     password_hash: bytes
 
 
-# A taken e-mail returns no row. An error would name its constraint, which Citus renames.
+# A taken e-mail returns no row. An error would have to be told by its constraint's name, and Citus
+# gives each shard's constraint another one.
 INSERT_ACCOUNT = Statement("INSERT_ACCOUNT", """
 INSERT INTO todo.users (email, password_hash)
 VALUES (%(email)s, %(password_hash)s)
@@ -206,8 +228,7 @@ RETURNING id, email, created_at, password_hash
 
 async def insert_account(email: str, password_hash: str) -> Account | None:
     """Stores an account. None when the e-mail has one."""
-    rows = await fetch(INSERT_ACCOUNT, email=email, password_hash=password_hash)
-    return account_in(INSERT_ACCOUNT, rows)
+    return to_account(await fetch(INSERT_ACCOUNT, email=email, password_hash=password_hash))
 
 
 # users_email_unique serves this.
@@ -219,7 +240,7 @@ WHERE email = %(email)s
 
 
 async def select_account(email: str) -> Account | None:
-    return account_in(SELECT_ACCOUNT, await fetch(SELECT_ACCOUNT, email=email))
+    return to_account(await fetch(SELECT_ACCOUNT, email=email))
 
 
 # The join gives a row in any case: a user of an outside issuer may have none here yet.
@@ -232,8 +253,7 @@ LEFT JOIN todo.users ON users.id = asked.id
 
 async def select_user(user_id: str) -> bytes:
     """The user as JSON. email and created_at may be null."""
-    [user] = await fetch(SELECT_USER, user_id=user_id)
-    return to_json(SELECT_USER.columns, user)
+    return (await fetch(SELECT_USER, user_id=user_id)).json()
 
 
 PING = Statement("PING", "SELECT 1")
@@ -249,23 +269,22 @@ async def ping() -> None:
 
 # Connections.
 
-# Prepared at start, so that a mistake in one shows.
+# Prepared at start, so that a mistake in one shows then.
 STATEMENTS = [each for each in list(globals().values()) if isinstance(each, Statement)]
 
+# 8 connections at most. A read is bound by our CPU, so few connections with many reads under way
+# on each do. Commits on one connection wait for the disk in turn, so writes get more connections.
+# A write may wait for a lock, and must not hold up the reads behind it, so each kind has a pool.
 connections = ConnectionPool(lambda: connection_string(settings.database_url), max_size=8)
-# Reads are bound by our CPU: 2 connections do, with up to 16 statements under way on each. Commits
-# on one connection wait for the disk in turn, so writes get 6. A write that waits for a lock must
-# not hold up reads, so each has a pool.
-reads = PipelinePool(connections, size=2, max_pipeline=16)
-writes = PipelinePool(connections, size=6, max_pipeline=4)
+reads = PipelinePool(connections, size=3, depth=16, span=span_of)
+writes = PipelinePool(connections, size=5, depth=5, span=span_of)
 
 
 async def start() -> None:
-    """Waits for the database, applies a schema.sql that is not the last applied, connects."""
+    """Waits for the database, applies schema.sql if it is not what was applied last, connects."""
     schema = Path(__file__).with_name("schema.sql")
-    await prepare_database(
-        connection_string(settings.database_url), schema, "todo.tasks", STATEMENTS
-    )
+    conninfo = connection_string(settings.database_url)
+    await prepare_database(conninfo, schema, "todo.tasks", STATEMENTS)
     await connections.open()
 
 
@@ -275,21 +294,36 @@ async def stop() -> None:
     await connections.close()
 
 
-async def fetch(statement: Statement, **values: Value) -> Rows:
-    """The rows. One user's slow statements run one at a time."""
+async def fetch(statement: Statement, **values: Value) -> Result:
+    """Runs a statement. Users take turns, and so do the accounts that somebody logs in to."""
     pool = reads if statement.reads_only else writes
-    return await pool.execute(statement, values, user_id=str(values.get("user_id", "")))
+    tenant = values.get("user_id") or values.get("email") or ""
+    return await pool.execute(statement, values, str(tenant))
 
 
-def task_in(statement: Statement, rows: Rows) -> Task | None:
-    if not rows:
+# Rows as answers.
+
+
+def to_task(result: Result) -> TaskJSON | None:
+    if not result:
         return None
-    json, version = to_json(statement.columns[: len(SHOWN)], rows[0]), rows[0][len(SHOWN)]
-    return Task(json, f'"{version.decode()}-{SHAPE}"')
+    version = result.rows[0][len(SHOWN)].decode()
+    return TaskJSON(result.json(stop=len(SHOWN)), f'"{version}-{SHAPE}"')
 
 
-def account_in(statement: Statement, rows: Rows) -> Account | None:
-    if not rows:
+def to_page(lines: bytes, *, has_surplus: bool) -> Page:
+    """A page of tasks, one a line. A surplus task at the end is left out, and so is what is beyond
+    PAGE_BYTES. One task is always less than that, because a request's body is."""
+    is_cut = len(lines) > PAGE_BYTES
+    if not is_cut and not has_surplus:
+        return Page(b"[" + lines + b"]", None, is_cut=False)
+    shown = lines[: lines.rindex(b",\n", 0, PAGE_BYTES)]
+    last = json.loads(shown[shown.rfind(b"\n") + 1 :])
+    return Page(b"[" + shown + b"]", last["id"], is_cut)
+
+
+def to_account(result: Result) -> Account | None:
+    if not result:
         return None
-    [(user_id, *_, password_hash)] = rows
-    return Account(user_id.decode(), to_json(statement.columns[:-1], rows[0]), password_hash)
+    [(user_id, *_, password_hash)] = result
+    return Account(user_id.decode(), result.json(stop=3), password_hash)

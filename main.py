@@ -44,8 +44,19 @@ from starlette.middleware import Middleware
 
 import auth
 import db
-import lib.pipeline as pipeline
-from lib import cors, develop, logs, middleware, openapi, postgres, problems, startup, welcome
+import pgpipeline
+from lib import (
+    cors,
+    develop,
+    logs,
+    middleware,
+    openapi,
+    postgres,
+    problems,
+    startup,
+    telemetry,
+    welcome,
+)
 from lib.headers import Conditions, IdempotencyKey, IfConditions, next_link, precondition_failed
 from lib.paths import CanonicalPath, client_path
 from lib.problems import RETRY, HTTPProblem, Problem, Unauthorized
@@ -178,11 +189,11 @@ account_gone = partial(Unauthorized, description="the account of this token has 
 unavailable = partial(HTTPProblem, 503, "The database is not available", "unavailable", RETRY)
 invalid = partial(HTTPProblem, 422, "The database cannot store this", "invalid_value")
 EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
-    pipeline.Unavailable: unavailable,
-    pipeline.InvalidValue: invalid,
-    pipeline.UniqueViolation: partial(HTTPProblem, 409, "There is one like this already"),
-    pipeline.ForeignKeyViolation: account_gone,
-    pipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
+    pgpipeline.Unavailable: unavailable,
+    pgpipeline.InvalidValue: invalid,
+    pgpipeline.UniqueViolation: partial(HTTPProblem, 409, "There is one like this already"),
+    pgpipeline.ForeignKeyViolation: account_gone,
+    pgpipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
 }
 
 # Other names of paths, as public frontends call them. The rewrites run top down.
@@ -217,7 +228,7 @@ app = openapi.DocumentedAPI(
     responses={"4XX": {"model": Problem}},
     generate_unique_id_function=lambda r: r.name + "_of_user" * r.path.startswith("/api/"),
     lifespan=startup.lifespan(db.start, db.stop),
-    telemetry=startup.telemetry(settings.fastapi_otel_auto_configure),
+    telemetry=telemetry.telemetry(automatic=settings.fastapi_otel_auto_configure),
     middleware=[  # outermost first
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
@@ -284,7 +295,7 @@ async def create_task(
     """Store a task. A retry with its Idempotency-Key gives the task first stored, as it is now."""
     sent = body.model_dump_json(exclude_unset=True) if key else ""
     outside = not auth.is_account_id(user_id)
-    stored = await db.insert_task(user_id, body.model_dump(), key, sent, outside)
+    stored = await db.insert_task(user_id, body.model_dump(), key, sent, outside=outside)
     if stored is None:
         raise HTTPProblem(422, "This Idempotency-Key came with another body before", "key_reused")
     location = f"{client_path(request).removesuffix('/create')}/{stored.id}"
@@ -310,13 +321,12 @@ async def list_tasks(
     same however far it is. Pages by `offset` (or `skip`) or `page` (from 1) cost more and more.
     """
     skipped = (offset or 0) + ((page or 1) - 1) * limit
-    tasks, last_id = await db.select_tasks(user_id, completed, after, skipped, limit)
-    is_cut = last_id and tasks.count(b"\n") + 1 < limit
-    if is_cut and (offset, page) != (None, None):  # the next offset or page would skip tasks
+    tasks = await db.select_tasks(user_id, completed, after, skipped, limit)
+    if tasks.is_cut and (offset, page) != (None, None):  # the next offset or page would skip tasks
         raise page_too_large()
-    headers = {"Link": next_link(request, last_id)} if last_id else {}
-    etag = f'"{hashlib.sha256(tasks).hexdigest()[:32]}"'
-    return conditions.respond(tasks, etag, headers)
+    headers = {"Link": next_link(request, tasks.last_id)} if tasks.last_id else {}
+    etag = f'"{hashlib.sha256(tasks.json).hexdigest()[:32]}"'
+    return conditions.respond(tasks.json, etag, headers)
 
 
 @route("GET", "/tasks/{task_id}", response_model=Task)
@@ -364,7 +374,7 @@ async def delete_task(user_id: CurrentUser, task_id: UUID, conditions: IfConditi
     return JSONResponse({"message": "Task deleted"})
 
 
-def written(task: db.Task) -> Response:
+def written(task: db.TaskJSON) -> Response:
     return Response(task.json, 200, {"ETag": task.etag}, "application/json")
 
 

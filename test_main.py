@@ -1284,8 +1284,10 @@ def text_of(*names: str) -> str:
 
 
 def test_env_example_names_exactly_the_variables_that_the_code_reads() -> None:
-    classes = re.findall(r"class Settings\(BaseSettings\):\n((?:    \w+: .*\n)+)", text_of(*FRONT))
-    declared = re.findall(r"^    (\w+):", "".join(classes), re.M)
+    parsed = [ast.parse(text_of(name)) for name in [*FRONT[1:], *LIBRARY]]
+    classes = [each for file in parsed for each in file.body if isinstance(each, ast.ClassDef)]
+    fields = [field for each in classes if each.name == "Settings" for field in each.body]
+    declared = {ast.unparse(each.target) for each in fields if isinstance(each, ast.AnnAssign)}
     assert {name.upper() for name in declared} | {"PORT"} == set(SETTINGS)
 
 

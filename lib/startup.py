@@ -12,8 +12,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.telemetry import TelemetryConfig
-from opentelemetry import trace
 
 from lib.postgres import NotReady
 
@@ -46,9 +44,3 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
         await stop()
 
     return run
-
-
-def telemetry(automatic: bool) -> TelemetryConfig:
-    """FastAPI's setting: off where nobody has set up OpenTelemetry, as it takes 8 us a request."""
-    on = automatic or not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
-    return {"tracing": on, "metrics": on, "logs": on}

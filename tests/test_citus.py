@@ -7,7 +7,7 @@ import pytest
 
 import db
 from conftest import NOBODYS_ID, has_citus
-from lib.pipeline import Statement
+from pgpipeline import Statement
 
 OF_TASKS = [
     db.SELECT_TASK, db.SELECT_TASKS, db.INSERT_TASK, db.UPDATE_TASK, db.TOGGLE_TASK, db.DELETE_TASK

@@ -65,7 +65,7 @@ NPM = {
     "swagger-ui-dist": "5.35.0",
     "typescript": "5.9.3",
 }
-ERROR = "lib.pipeline.UnexpectedError"  # the exception that a missing table causes
+ERROR = "pgpipeline.errors.UnexpectedError"  # the exception that a missing table causes
 Run = Callable[..., str]
 
 

@@ -16,8 +16,8 @@ from psycopg.conninfo import make_conninfo
 
 import auth
 from conftest import HERE
-from lib.pipeline import Statement
 from lib.postgres import NotReady, apply_schema, prepare_database
+from pgpipeline import Statement
 
 parametrize = pytest.mark.parametrize
 SCHEMA = (HERE / "schema.sql").read_bytes()

@@ -60,9 +60,9 @@ from conftest import (
     wait_for_start,
     wait_until,
 )
-from lib.pipeline import Statement
 from lib.protocol import Protocol
 from lib.state import RequestState
+from pgpipeline import Statement
 
 parametrize = pytest.mark.parametrize
 TITLE = {"title": "x"}
@@ -457,7 +457,7 @@ def test_one_users_slow_pages_go_one_at_a_time_and_leave_others_a_connection(
 
     async def load_page_after_page() -> None:
         while True:
-            assert await db.fetch(slow, user_id="slow") == [(b"slow",)]
+            assert (await db.fetch(slow, user_id="slow")).rows == [(b"slow",)]
 
     async def story() -> None:
         loads, seconds = [asyncio.create_task(load_page_after_page()) for _ in range(6)], []
@@ -465,7 +465,7 @@ def test_one_users_slow_pages_go_one_at_a_time_and_leave_others_a_connection(
         for n in range(40):
             await asyncio.sleep(0.05)
             started = time.monotonic()
-            assert await db.fetch(fast, user_id=f"{n}") == [(f"{n}".encode(),)]
+            assert (await db.fetch(fast, user_id=f"{n}")).rows == [(f"{n}".encode(),)]
             seconds.append(time.monotonic() - started)
         assert statistics.quantiles(seconds, n=10)[-1] < 1
         assert not any(load.done() for load in loads)
@@ -688,10 +688,10 @@ def test_after_deallocate_all_statements_are_prepared_again(play: Play) -> None:
     forget = Statement("FORGET", "DEALLOCATE ALL")
 
     async def story() -> None:
-        assert await db.fetch(echo, n=1) == [(b"1",)]
+        assert (await db.fetch(echo, n=1)).rows == [(b"1",)]
         await db.fetch(forget)
-        assert await db.fetch(echo, n=2) == [(b"2",)]
-        assert await db.fetch(listed) == [(b"1",)]
+        assert (await db.fetch(echo, n=2)).rows == [(b"2",)]
+        assert (await db.fetch(listed)).rows == [(b"1",)]
 
     play(story)
 

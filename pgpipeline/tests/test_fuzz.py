@@ -1,6 +1,6 @@
-"""Random statements through lib/pipeline.py, while their connections are ended in four ways.
+"""Random statements through pgpipeline, while their connections are ended in four ways.
 
-FUZZ_SECONDS=60 FUZZ_SEED=7 python -m pytest tests/test_fuzz.py -s    (8 seconds without these)
+FUZZ_SECONDS=60 FUZZ_SEED=7 python -m pytest pgpipeline/tests/test_fuzz.py -s    (8 without)
 """
 
 import asyncio
@@ -17,8 +17,14 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from lib import pipeline
-from lib.pipeline import ConnectionPool, InvalidValue, PipelinePool, Rows, Statement, Unavailable
+from pgpipeline import (
+    ConnectionPool,
+    InvalidValue,
+    PipelinePool,
+    Result,
+    Statement,
+    Unavailable,
+)
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS") or 8)
 SEED = int(os.environ.get("FUZZ_SEED") or time.time())
@@ -122,9 +128,9 @@ class Fuzz:
             self.outcomes[type(error).__name__] += 1
         self.longest = max(self.longest, time.monotonic() - started)
 
-    def check(self, kind: str, n: int, text: str, rows: Rows) -> None:
+    def check(self, kind: str, n: int, text: str, result: Result) -> None:
         expected = [] if kind == "silent write" else [(str(n).encode(), text.encode())]
-        assert rows == expected, f"{kind} {n} has got {str(rows)[:200]}"
+        assert result.rows == expected, f"{kind} {n} has got {str(result.rows)[:200]}"
         self.outcomes["answered"] += 1
         self.acknowledged |= {n} & self.texts.keys()
 
@@ -163,7 +169,7 @@ async def run(database: str) -> Fuzz:
     address = {"host": "127.0.0.1", "port": server.sockets[0].getsockname()[1]}
     conninfo = make_conninfo(database, application_name="fuzz", sslmode="disable", **address)
     async with server, ConnectionPool(conninfo, max_size=8) as connections:
-        pools = [PipelinePool(connections, 2, 16), PipelinePool(connections, 6, 4)]
+        pools = [PipelinePool(connections, 3, 16), PipelinePool(connections, 5, 5)]
         fuzz, until = Fuzz(pools), time.monotonic() + SECONDS
         ending = asyncio.create_task(fuzz.end_connections(database, proxy))
         async with asyncio.timeout(SECONDS + 20):  # every future settles
@@ -184,8 +190,8 @@ async def run(database: str) -> Fuzz:
 def test_whatever_ends_connections_a_write_is_there_once_and_an_answer_is_its_own(
     table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "MAX_HOLD", 2.0)
-    monkeypatch.setattr(pipeline, "MAX_IDLE", 0.2)
+    monkeypatch.setattr("pgpipeline.pipeline.MAX_HOLD", 2.0)
+    monkeypatch.setattr("pgpipeline.connection.MAX_IDLE", 0.2)
     random.seed(SEED)
     fuzz = asyncio.run(run(table))
     print(f"seed {SEED}, at most {fuzz.longest:.1f} s, {dict(fuzz.outcomes)}")

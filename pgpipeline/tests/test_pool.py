@@ -1,6 +1,6 @@
 """Statements that share connections: each gets its own answer, and none disturbs another.
 
-These tests call db.fetch() themselves, since no request makes a statement fail on purpose. The last
+These tests call fetch() themselves, since no request makes a statement fail on purpose. The last
 ones use the service.
 """
 
@@ -25,8 +25,7 @@ from psycopg.pq import ConnStatus
 
 import db
 from conftest import Play, Server, client, free_port, serving, start, wait_for_start, wait_until
-from lib import pipeline
-from lib.pipeline import (
+from pgpipeline import (
     ConnectionPool,
     ForeignKeyViolation,
     InvalidValue,
@@ -35,12 +34,16 @@ from lib.pipeline import (
     Unavailable,
     UnexpectedError,
     UniqueViolation,
+    pipeline,
 )
-from lib.rows import to_json
 
 
 def statement(text: str) -> Statement:
     return Statement("TEST", text)
+
+
+async def fetch(statement: Statement, **values: Any) -> list[Any]:
+    return (await db.fetch(statement, **values)).rows
 
 
 async def settle(calls: list[Awaitable[Any]]) -> list[Any]:
@@ -62,9 +65,9 @@ def test_of_thousands_of_interleaved_statements_each_gets_its_own_answer(play: P
             text = uuid.uuid4().hex
             if n % 7 == 0:
                 with pytest.raises(InvalidValue):
-                    await db.fetch(divide, text=text, number=n)
+                    await fetch(divide, text=text, number=n)
             else:
-                rows = await db.fetch(write if n % 3 else echo, text=text, number=n)
+                rows = await fetch(write if n % 3 else echo, text=text, number=n)
                 assert rows == [(text.encode(), str(n).encode())]
 
         await asyncio.gather(*[ask(n) for n in range(3000)])
@@ -74,8 +77,8 @@ def test_of_thousands_of_interleaved_statements_each_gets_its_own_answer(play: P
 
 def test_null_is_none_and_no_rows_are_an_empty_list(play: Play) -> None:
     async def story() -> None:
-        assert await db.fetch(statement("SELECT %(text)s::text"), text=None) == [(None,)]
-        assert await db.fetch(statement("SELECT 1 WHERE %(yes)s::boolean"), yes=False) == []
+        assert await fetch(statement("SELECT %(text)s::text"), text=None) == [(None,)]
+        assert await fetch(statement("SELECT 1 WHERE %(yes)s::boolean"), yes=False) == []
 
     play(story)
 
@@ -84,7 +87,7 @@ def test_null_is_none_and_no_rows_are_an_empty_list(play: Play) -> None:
 def test_text_that_postgresql_cannot_hold_is_an_invalid_value(play: Play, text: str) -> None:
     async def story() -> None:
         echo = statement("SELECT %(text)s::text")
-        answers = await settle([db.fetch(echo, text=each) for each in ("a", text, "b")])
+        answers = await settle([fetch(echo, text=each) for each in ("a", text, "b")])
         assert isinstance(answers.pop(1), InvalidValue)
         assert answers == [[(b"a",)], [(b"b",)]]
 
@@ -102,15 +105,15 @@ def test_a_neighbours_error_neither_undoes_a_write_nor_hides_it(play: Play) -> N
     async def story() -> None:
         fail = statement("WITH nothing AS (SELECT 1) SELECT 1 / %(number)s::integer FROM nothing")
         insert, user = statement(INSERT_TASK), uuid.uuid4().hex
-        await db.fetch(statement(INSERT_USER), user=user)
+        await fetch(statement(INSERT_USER), user=user)
         calls = [
-            db.fetch(insert, user=user, title=f"{n}") if n % 2 else db.fetch(fail, number=0)
+            fetch(insert, user=user, title=f"{n}") if n % 2 else fetch(fail, number=0)
             for n in range(1000)
         ]
         answers = await settle([*calls])
         assert {type(answer) for answer in answers[::2]} == {InvalidValue}
         created = {answer[0][0] for answer in answers[1::2]}
-        stored = await db.fetch(statement(SELECT_IDS), user=user)
+        stored = await fetch(statement(SELECT_IDS), user=user)
         assert len(created) == 500
         assert {id for (id,) in stored} == created
 
@@ -120,9 +123,9 @@ def test_a_neighbours_error_neither_undoes_a_write_nor_hides_it(play: Play) -> N
 def test_a_unique_violation_names_its_constraint(play: Play) -> None:
     async def story() -> None:
         insert, user = statement(INSERT_USER), uuid.uuid4().hex
-        await db.fetch(insert, user=user)
+        await fetch(insert, user=user)
         with pytest.raises(UniqueViolation, match=r"^users_pkey$"):
-            await db.fetch(insert, user=user)
+            await fetch(insert, user=user)
 
     play(story)
 
@@ -130,7 +133,7 @@ def test_a_unique_violation_names_its_constraint(play: Play) -> None:
 def test_a_check_constraint_is_an_invalid_value(play: Play) -> None:
     async def story() -> None:
         with pytest.raises(InvalidValue, match="23514"):
-            await db.fetch(statement(INSERT_USER), user="")
+            await fetch(statement(INSERT_USER), user="")
 
     play(story)
 
@@ -146,7 +149,7 @@ def test_a_write_is_acknowledged_when_it_is_committed_and_not_when_its_rows_come
             )
         insert = statement("INSERT INTO stored (n, other) VALUES (1, %(n)s::integer) RETURNING n")
         with pytest.raises(ForeignKeyViolation):
-            await db.fetch(insert, n=7)
+            await fetch(insert, n=7)
         assert value(table, "SELECT count(*) FROM stored") == 0
 
     play(story)
@@ -158,7 +161,7 @@ def test_a_write_is_acknowledged_when_it_is_committed_and_not_when_its_rows_come
 def test_a_statement_whose_caller_left_disturbs_nobody(play: Play) -> None:
     async def story() -> None:
         echo = statement("SELECT %(number)s::integer FROM pg_sleep(0.001)")
-        calls = [asyncio.create_task(db.fetch(echo, number=n)) for n in range(600)]
+        calls = [asyncio.create_task(fetch(echo, number=n)) for n in range(600)]
         await asyncio.sleep(0.05)
         for call in calls[::2]:
             call.cancel()
@@ -172,7 +175,7 @@ def test_a_slow_statement_is_cancelled_and_those_behind_it_are_answered(play: Pl
     async def story() -> None:
         slow, fast = statement("SELECT 1 FROM pg_sleep(30)"), statement("SELECT %(n)s::integer")
         started = time.monotonic()
-        answers = await settle([db.fetch(slow), *[db.fetch(fast, n=n) for n in range(100)]])
+        answers = await settle([fetch(slow), *[fetch(fast, n=n) for n in range(100)]])
         assert isinstance(answers[0], Unavailable)
         assert answers[1:] == [[(str(n).encode(),)] for n in range(100)]
         assert time.monotonic() - started < 4  # and not only at the deadline of 5 s
@@ -185,7 +188,7 @@ def test_beyond_the_queue_a_statement_is_refused_at_once_and_those_in_it_are_ans
 ) -> None:
     async def story() -> None:
         echo = statement("SELECT %(n)s::integer")
-        answers = await settle([db.fetch(echo, n=n) for n in range(5000)])
+        answers = await settle([fetch(echo, n=n) for n in range(5000)])
         refused = [answer for answer in answers if isinstance(answer, Unavailable)]
         assert 0 < len(refused) < 4000
         for n, answer in enumerate(answers):
@@ -259,7 +262,7 @@ def test_a_read_whose_connection_is_lost_is_sent_again(play: Play) -> None:
     async def story() -> None:
         call = await started(db.reads, "SELECT 1 FROM pg_sleep(0.5)")
         cut(db.reads)
-        assert await call == [(b"1",)]
+        assert (await call).rows == [(b"1",)]
 
     play(story)
 
@@ -283,11 +286,11 @@ def test_a_socket_that_gets_the_number_of_a_lost_one_is_watched(
     ours, theirs = socket.socketpair()
     step = pipeline.Pipeline.step
 
-    def replace(self: pipeline.Pipeline, ready: bool = True) -> None:
+    def replace(self: pipeline.Pipeline, watch: Any = None) -> None:
         """Opens a socket as soon as libpq has closed the one that was cut."""
         pgconn = self.connection.pgconn
         number = pgconn.socket if pgconn.status == ConnStatus.OK else None
-        step(self, ready)
+        step(self, watch)
         if number and pgconn.status != ConnStatus.OK and not replaced:
             replaced.append(os.dup2(ours.fileno(), number))
             asyncio.get_running_loop().add_reader(number, received.set)
@@ -296,7 +299,7 @@ def test_a_socket_that_gets_the_number_of_a_lost_one_is_watched(
         monkeypatch.setattr(pipeline.Pipeline, "step", replace)
         call = await started(db.reads, "SELECT 1 FROM pg_sleep(0.5)")
         cut(db.reads)
-        assert await call == [(b"1",)]
+        assert (await call).rows == [(b"1",)]
         theirs.send(b"x")
         await asyncio.wait_for(received.wait(), 1)
         asyncio.get_running_loop().remove_reader(replaced[0])
@@ -313,7 +316,7 @@ def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
     async def story() -> None:
         call = await started(db.writes, SLOW_INSERT)
         value(table, END[how])
-        assert await call == [(b"1",)]
+        assert (await call).rows == [(b"1",)]
         assert value(table, "SELECT count(*) FROM stored") == 1
 
     play(story)
@@ -322,7 +325,7 @@ def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
 @pytest.mark.parametrize("code", ["0A000", "25006", "26000", "40001", "40P01", "42P05", "57014"])
 def test_a_statement_that_has_not_run_is_sent_again(play: Play, table: str, code: str) -> None:
     async def story() -> None:
-        assert await db.fetch(statement(FAILS), code=code, times=1) == [(b"2",)]
+        assert await fetch(statement(FAILS), code=code, times=1) == [(b"2",)]
 
     play(story)
 
@@ -330,7 +333,7 @@ def test_a_statement_that_has_not_run_is_sent_again(play: Play, table: str, code
 def test_a_statement_is_sent_three_times_at_most(play: Play, table: str) -> None:
     async def story() -> None:
         with pytest.raises(Unavailable):
-            await db.fetch(statement(FAILS), code="40001", times=1000)
+            await fetch(statement(FAILS), code="40001", times=1000)
         assert value(table, "SELECT last_value FROM calls") == 3
 
     play(story)
@@ -341,7 +344,7 @@ def test_what_postgresql_says_of_an_error_may_be_a_users_and_is_not_repeated(
 ) -> None:
     async def story() -> None:
         with pytest.raises(UnexpectedError) as raised:
-            await db.fetch(statement(FAILS), code="P0001", times=1)
+            await fetch(statement(FAILS), code="P0001", times=1)
         assert str(raised.value) == "TEST: P0001"
 
     play(story)
@@ -351,9 +354,9 @@ def test_what_postgresql_says_of_an_error_may_be_a_users_and_is_not_repeated(
 def test_a_session_that_was_changed_fails_nothing(play: Play, table: str, text: str) -> None:
     async def story() -> None:
         insert = statement("INSERT INTO stored VALUES (%(n)s::integer) RETURNING n")
-        await db.fetch(insert, n=1)
+        await fetch(insert, n=1)
         await db.writes.execute(statement(text), {})
-        assert await db.fetch(insert, n=2) == [(b"2",)]
+        assert await fetch(insert, n=2) == [(b"2",)]
 
     play(story)
 
@@ -361,11 +364,10 @@ def test_a_session_that_was_changed_fails_nothing(play: Play, table: str, text: 
 def test_a_column_may_change_its_type_while_statements_are_prepared(play: Play, table: str) -> None:
     async def story() -> None:
         insert = statement("INSERT INTO stored VALUES (%(n)s::integer) RETURNING n")
-        await db.fetch(insert, n=1)
+        await fetch(insert, n=1)
         with psycopg.connect(table) as connection:
             connection.execute("ALTER TABLE stored ALTER n TYPE text")
-        [row] = await db.fetch(insert, n=2)
-        assert to_json(insert.columns, row) == b'{"n":"2"}'
+        assert (await db.fetch(insert, n=2)).json() == b'{"n":"2"}'
 
     play(story)
 
@@ -374,10 +376,10 @@ def test_a_statement_that_could_not_be_prepared_is_prepared_later(play: Play, ta
     async def story() -> None:
         late = statement("SELECT n FROM late")
         with pytest.raises(UnexpectedError, match="42P01"):
-            await db.fetch(late)
+            await fetch(late)
         with psycopg.connect(table) as connection:
             connection.execute("CREATE TABLE late (n integer)")
-        assert await db.fetch(late) == []
+        assert await fetch(late) == []
 
     play(story)
     with psycopg.connect(table) as connection:
@@ -389,7 +391,7 @@ def test_a_statement_that_could_not_be_prepared_is_prepared_later(play: Play, ta
 
 async def open_all(amount: int = 8) -> None:
     """Opens the connections of db.py, and lets them rest."""
-    borrowed = [await db.connections.borrow() for _ in range(amount)]
+    borrowed = [await db.connections.acquire() for _ in range(amount)]
     for connection in borrowed:
         await db.connections.putconn(connection)
 
@@ -412,7 +414,7 @@ def test_connections_that_postgresql_has_ended_fail_nothing(play: Play, table: s
         value(table, "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
               " WHERE application_name = 'todo'")  # fmt: skip
         await asyncio.sleep(0.2)
-        assert await db.writes.execute(statement(SLOW_INSERT), {}) == [(b"1",)]
+        assert (await db.writes.execute(statement(SLOW_INSERT), {})).rows == [(b"1",)]
         assert value(table, "SELECT count(*) FROM stored") == 1
 
     play(story)
@@ -426,7 +428,7 @@ def test_connections_that_rested_and_whose_peers_vanished_fail_no_write(
         for connection in db.connections._pool:
             connection.last_used -= 20
         with dead_peers():
-            assert await db.writes.execute(statement(SLOW_INSERT), {}) == [(b"1",)]
+            assert (await db.writes.execute(statement(SLOW_INSERT), {})).rows == [(b"1",)]
 
     play(story)
 
@@ -440,9 +442,9 @@ def test_a_lost_connection_condemns_those_that_rest(
         monkeypatch.setattr(pipeline, "QUERY_TIMEOUT", 0.5)
         with dead_peers():
             with pytest.raises(Unavailable):
-                await db.fetch(one)
+                await fetch(one)
             await asyncio.sleep(0.5)
-            assert await db.fetch(one) == [(b"1",)]
+            assert await fetch(one) == [(b"1",)]
 
     play(story)
 
@@ -452,7 +454,7 @@ def test_a_lost_connection_condemns_those_that_rest(
 
 def test_a_statement_that_nobody_waits_behind_may_take_longer(play: Play) -> None:
     async def story() -> None:
-        assert await db.fetch(statement("SELECT 1 FROM pg_sleep(1.7)")) == [(b"1",)]
+        assert await fetch(statement("SELECT 1 FROM pg_sleep(1.7)")) == [(b"1",)]
 
     play(story)
 
@@ -473,7 +475,7 @@ def test_a_statement_has_failed_by_its_deadline(
     async def story() -> None:
         begun = time.monotonic()
         with pytest.raises(Unavailable):
-            await db.fetch(statement("SELECT 1 FROM pg_sleep(30)"))
+            await fetch(statement("SELECT 1 FROM pg_sleep(30)"))
         assert 0.4 < time.monotonic() - begun < 1.5
 
     monkeypatch.setattr(pipeline, "QUERY_TIMEOUT", pipeline.QUERY_TIMEOUT / 10)
@@ -484,7 +486,7 @@ def test_nothing_is_sent_behind_a_slow_statement(play: Play) -> None:
     async def story() -> None:
         slow = await started(db.reads, "SELECT 1 FROM pg_sleep(0.9)")
         begun, one = time.monotonic(), statement("SELECT 1")
-        await asyncio.gather(*[db.fetch(one) for _ in range(100)])
+        await asyncio.gather(*[fetch(one) for _ in range(100)])
         assert time.monotonic() - begun < 0.5
         await slow
 
@@ -517,10 +519,10 @@ def test_one_users_slow_statements_leave_a_pipeline_to_others(play: Play) -> Non
         slow = statement("SELECT %(user_id)s FROM pg_sleep(0.8)")
         calls = []
         for _ in range(3):
-            calls.append(asyncio.create_task(db.fetch(slow, user_id="one")))
+            calls.append(asyncio.create_task(fetch(slow, user_id="one")))
             await asyncio.sleep(0.25)  # slowness is looked for every 0.1 s
         begun = time.monotonic()
-        await db.fetch(statement("SELECT %(user_id)s"), user_id="other")
+        await fetch(statement("SELECT %(user_id)s"), user_id="other")
         assert time.monotonic() - begun < 0.1
         await settle([*calls])
 
@@ -534,7 +536,7 @@ def test_a_parameter_larger_than_the_sockets_buffer_is_sent_without_pauses(play:
     async def story() -> None:
         begun = time.monotonic()
         length = statement("SELECT length(%(text)s::text)")
-        assert await db.fetch(length, text="x" * 8_000_000) == [(b"8000000",)]
+        assert await fetch(length, text="x" * 8_000_000) == [(b"8000000",)]
         assert time.monotonic() - begun < 1.5
 
     play(story)
@@ -552,7 +554,7 @@ async def watch(pool: PipelinePool, work: asyncio.Future[Any]) -> tuple[int, int
 
 def test_a_pool_has_so_many_pipelines_and_each_so_many_statements(play: Play) -> None:
     async def story() -> None:
-        pool = PipelinePool(db.connections, size=2, max_pipeline=3)
+        pool = PipelinePool(db.connections, size=2, depth=3)
         one = statement("SELECT 1 FROM pg_sleep(0.01)")
         work = asyncio.gather(*[pool.execute(one, {}) for _ in range(100)])
         assert await watch(pool, work) == (2, 3)

@@ -1,0 +1,90 @@
+"""Connections in libpq's pipeline mode, and psycopg's pool that opens and replaces them."""
+
+import logging
+from time import monotonic, time
+from typing import Any
+
+import psycopg
+from psycopg.generators import fetch
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+MAX_IDLE = 15.0  # seconds after which an idle connection is tested before it is used
+TEST_TIMEOUT = 1.0  # seconds for the answer to that test
+MAX_ROUND_TRIP = 0.4  # seconds: what took longer was waiting, not distance
+
+log = logging.getLogger("pgpipeline")
+
+
+class Connection(psycopg.AsyncConnection[Any]):
+    """A connection in pipeline mode that knows which statements it has prepared."""
+
+    prepared: set[bytes]
+    round_trip: float  # seconds to the server and back, when the connection was made
+    last_used: float  # by time.time(): time.monotonic() stands still in a suspended machine
+
+    async def configure(self) -> None:
+        """Makes a new connection ready. The pool calls it once for each."""
+        self.prepared, self.last_used = set(), time()
+        self.pgconn.enter_pipeline_mode()
+        started = monotonic()
+        await self.test(10 * TEST_TIMEOUT)
+        self.round_trip = min(monotonic() - started, MAX_ROUND_TRIP)
+
+    async def check(self) -> None:
+        """Raises psycopg.Error when the server has gone.
+
+        A server that ended the connection has said so, and reading that takes 1 us. One that
+        vanished has said nothing, so a connection that was idle for MAX_IDLE is tested too.
+        """
+        self.pgconn.consume_input()  # finds PostgreSQL's last message
+        self.pgconn.consume_input()  # finds the end of the stream behind it
+        if time() - self.last_used > MAX_IDLE:
+            await self.test(TEST_TIMEOUT)
+
+    async def test(self, seconds: float) -> None:
+        """Waits for the answer to a Sync. It is a round trip, and no query in a pooler's log."""
+        self.pgconn.pipeline_sync()
+        self.pgconn.flush()
+        await self.wait(fetch(self.pgconn), timeout=seconds)
+
+
+class ConnectionPool(AsyncConnectionPool[Connection]):
+    """psycopg's pool, which connects, limits and replaces. acquire() gives live connections."""
+
+    def __init__(self, conninfo: Any, max_size: int) -> None:
+        """`conninfo` is a connection string, or a function that gives one. Call open() first."""
+        super().__init__(
+            conninfo,
+            connection_class=Connection,
+            configure=Connection.configure,
+            min_size=1,
+            max_size=max_size,
+            max_idle=90,  # seconds: Neon suspends after 5 idle minutes, so these go well before
+            max_lifetime=1800,  # seconds
+            reconnect_timeout=2,  # seconds: a pool that tries for longer waits ever longer between
+            open=False,
+        )
+
+    async def acquire(self) -> Connection:
+        """Waits for a connection that works. Raises psycopg_pool.PoolClosed."""
+        while True:
+            try:  # again after half a second: being asked is what makes the pool connect
+                connection = await self.getconn(timeout=0.5)
+            except PoolTimeout:
+                continue
+            try:
+                await connection.check()
+                return connection
+            except psycopg.Error:  # the server may have gone for the other idle ones as well
+                await self.discard(connection)
+                await self.drain()
+
+    async def release(self, connection: Connection) -> None:
+        """Gives a connection back, for whoever acquires next."""
+        connection.last_used = time()
+        await self.putconn(connection)
+
+    async def discard(self, connection: Connection) -> None:
+        """Closes a connection. The pool makes another in its place."""
+        await connection.close()
+        await self.putconn(connection)

@@ -1,0 +1,155 @@
+"""The queue: each tenant has a line of its own, and the lines are served in turn.
+
+A tenant is whoever shares the pool with others, for instance a user of a web service. What one
+tenant sends must not decide how long another one waits. Four rules see to that:
+
+1. The lines are served in turn, one query each.
+2. A tenant may have FEW queries under way. One who is alone may have one more with each quick
+   answer, so that a pool at rest is filled in a few round trips.
+3. A tenant whose query was slow may have one under way, for SLOW_MEMORY seconds. Slow tenants
+   share one pipeline, which takes no queries of others.
+4. No tenant has queries on every pipeline.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from time import monotonic
+
+from pgpipeline.errors import Unavailable
+from pgpipeline.result import Result
+from pgpipeline.statement import Statement
+
+FEW = 4  # queries of a tenant under way, while the pool serves others as well
+SLOW_MEMORY = 2.0  # seconds for which a tenant counts as slow after a slow query
+MAX_QUEUE = 2000  # queries that may wait; a request weighs some 20 KB
+
+
+@dataclass(slots=True, eq=False)
+class Query:
+    """A statement with its encoded values, and the future that gets its Result."""
+
+    statement: Statement
+    values: list[bytes | None]
+    tenant: "Tenant"
+    result: asyncio.Future[Result]
+    attempts: int = 1
+    in_line: bool = False
+    cancel_sent: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """A line of queries that wait, and what may be under way for whoever they belong to."""
+
+    name: str
+    line: deque[Query] = field(default_factory=deque)
+    window: int = FEW  # queries that may be under way while nobody else is served
+    under_way: dict[Hashable, int] = field(default_factory=dict)  # queries, by pipeline
+    slow_until: float = 0.0  # on the clock of time.monotonic()
+
+
+class Queue:
+    """The lines of all tenants. `size` is how many pipelines serve them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.tenants: OrderedDict[str, Tenant] = OrderedDict()  # the next in turn comes first
+        self.slow: set[str] = set()  # names of tenants that were slow
+        self.waiting = 0
+
+    def __len__(self) -> int:
+        return self.waiting
+
+    def tenant(self, name: str) -> Tenant:
+        """The tenant of this name. It is known while it has queries, or is slow."""
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            tenant = self.tenants[name] = Tenant(name)
+        return tenant
+
+    def append(self, query: Query) -> None:
+        """Adds a query to its tenant's line. When the queue is full, the longest line gives way."""
+        tenant = query.tenant = self.tenant(query.tenant.name)
+        tenant.line.append(query)
+        query.in_line = True
+        self.waiting += 1
+        if self.waiting > MAX_QUEUE:
+            longest = max(self.tenants.values(), key=lambda tenant: len(tenant.line))
+            last = longest.line[-1]
+            self.remove(last)
+            if not last.result.done():
+                last.result.set_exception(Unavailable("the queue is full"))
+
+    def remove(self, query: Query) -> None:
+        """Takes a query out of its line, whether it is sent or its caller has left."""
+        if query.in_line:
+            query.in_line = False
+            query.tenant.line.remove(query)
+            self.waiting -= 1
+            self.forget(query.tenant)
+
+    def take(self, pipeline: Hashable, serves_slow: bool) -> Query | None:
+        """The next query that may go to a pipeline, which serves slow tenants or quick ones."""
+        for tenant in self.tenants.values():
+            if tenant.line and self.may_send(tenant, pipeline, serves_slow):
+                tenant.under_way[pipeline] = tenant.under_way.get(pipeline, 0) + 1
+                self.tenants.move_to_end(tenant.name)
+                query = tenant.line[0]
+                self.remove(query)
+                return query
+        return None
+
+    def may_send(self, tenant: Tenant, pipeline: Hashable, serves_slow: bool) -> bool:
+        """Whether the rules let a tenant's next query go to this pipeline."""
+        if self.size > 1 and self.is_slow(tenant) != serves_slow:
+            return False
+        if pipeline not in tenant.under_way and len(tenant.under_way) >= max(1, self.size - 1):
+            return False
+        return sum(tenant.under_way.values()) < self.window(tenant)
+
+    def window(self, tenant: Tenant) -> int:
+        if self.is_slow(tenant):
+            return 1
+        return FEW if len(self.tenants) > 1 else tenant.window
+
+    def ended(self, query: Query, pipeline: Hashable, quickly: bool) -> None:
+        """Notes that a query is no longer under way."""
+        tenant = query.tenant
+        tenant.under_way[pipeline] -= 1
+        if not tenant.under_way[pipeline]:
+            del tenant.under_way[pipeline]
+        tenant.window += quickly
+        self.forget(tenant)
+
+    def forget(self, tenant: Tenant) -> None:
+        """Forgets a tenant without queries, unless it is slow."""
+        if not (tenant.line or tenant.under_way or tenant.name in self.slow):
+            self.tenants.pop(tenant.name, None)
+
+    def found_slow(self, query: Query) -> None:
+        """Notes that a query under way is slow."""
+        query.tenant.window = FEW
+        query.tenant.slow_until = monotonic() + SLOW_MEMORY
+        self.slow.add(query.tenant.name)
+
+    def is_slow(self, tenant: Tenant) -> bool:
+        if self.slow and tenant.name in self.slow and tenant.slow_until <= monotonic():
+            self.slow.discard(tenant.name)
+        return tenant.name in self.slow
+
+    def forget_slow(self) -> None:
+        """Forgets tenants that are slow no longer."""
+        for name in list(self.slow):
+            if not self.is_slow(self.tenants[name]):
+                self.forget(self.tenants[name])
+
+    def may_send_any(self, slow: bool) -> bool:
+        """Whether a slow tenant, or a quick one, has queries and may have one more under way."""
+        return any(
+            tenant.line
+            and self.is_slow(tenant) == slow
+            and sum(tenant.under_way.values()) < self.window(tenant)
+            for tenant in list(self.tenants.values())
+        )
