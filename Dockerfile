@@ -2,7 +2,7 @@
 # and no root come along. Settings come from the environment (.env.example).
 FROM python:3.11-slim AS build
 RUN python -m venv --without-pip /venv
-COPY requirements.txt .
+COPY requirements.txt constraints.txt ./
 RUN python -m pip --python /venv/bin/python install --no-cache-dir --only-binary :all: -r requirements.txt
 
 FROM python:3.11-slim
