@@ -209,11 +209,12 @@ async def delete_task(user_id: str, task_id: UUID, versions: list[int] | None) -
 
 
 class Account(NamedTuple):
-    """A user with an e-mail and a password. An answer shows the JSON."""
+    """A user. One of an outside issuer has no e-mail and no password. An answer shows the JSON."""
 
     id: str
+    email: str | None
     json: bytes
-    password_hash: bytes
+    password_hash: bytes | None
 
 
 # A taken e-mail returns no row. An error would have to be told by its constraint's name, and Citus
@@ -243,17 +244,40 @@ async def select_account(email: str) -> Account | None:
     return to_account(await fetch(SELECT_ACCOUNT, email=email))
 
 
-# The join gives a row in any case: a user of an outside issuer may have none here yet.
 SELECT_USER = Statement("SELECT_USER", """
-SELECT asked.id, email, created_at
-FROM (VALUES (%(user_id)s)) AS asked (id)
-LEFT JOIN todo.users ON users.id = asked.id
+SELECT id, email, created_at, password_hash
+FROM todo.users
+WHERE id = %(user_id)s
 """)
 
 
-async def select_user(user_id: str) -> bytes:
-    """The user as JSON. email and created_at may be null."""
-    return (await fetch(SELECT_USER, user_id=user_id)).json()
+async def select_user(user_id: str) -> Account | None:
+    """None for a user of an outside issuer before the first task, and for a deleted account."""
+    return to_account(await fetch(SELECT_USER, user_id=user_id))
+
+
+UPDATE_PASSWORD = Statement("UPDATE_PASSWORD", """
+UPDATE todo.users
+SET password_hash = %(password_hash)s
+WHERE id = %(user_id)s
+RETURNING id
+""")
+
+
+async def update_password(user_id: str, password_hash: str) -> None:
+    await fetch(UPDATE_PASSWORD, user_id=user_id, password_hash=password_hash)
+
+
+# The foreign key of tasks deletes those of the user, by the primary key's order.
+DELETE_USER = Statement("DELETE_USER", """
+DELETE FROM todo.users
+WHERE id = %(user_id)s
+RETURNING id
+""")
+
+
+async def delete_user(user_id: str) -> None:
+    await fetch(DELETE_USER, user_id=user_id)
 
 
 PING = Statement("PING", "SELECT 1")
@@ -325,5 +349,6 @@ def to_page(lines: bytes, *, has_surplus: bool) -> Page:
 def to_account(result: Result) -> Account | None:
     if not result:
         return None
-    [(user_id, *_, password_hash)] = result
-    return Account(user_id.decode(), result.json(stop=3), password_hash)
+    [(user_id, email, _, password_hash)] = result
+    email = email and email.decode()
+    return Account(user_id.decode(), email, result.json(stop=3), password_hash)

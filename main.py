@@ -4,7 +4,9 @@
     POST   /auth/login                get a token (public)
     POST   /auth/token                the same by OAuth2 password form (public)
     POST   /auth/logout               nothing: a token ends by itself (public)
+    PUT    /auth/password             change a password
     GET    /auth/me                   the token's user
+    DELETE /auth/me                   delete an account and its tasks
     POST   /tasks                     store a task
     GET    /tasks                     a page of tasks, newest first
     GET    /tasks/{task_id}           one task
@@ -97,6 +99,7 @@ Password = Annotated[str, Field(
     title="Password", min_length=8, max_length=128, description="8 to 128 characters",
     examples=["correct horse"],
 )]  # fmt: skip
+AnyPassword = Annotated[str, Field(min_length=1, max_length=1024, examples=["correct horse"])]
 NAMES_DIFFER = "completed and is_completed differ: send one"
 
 
@@ -161,13 +164,26 @@ class Login(SQLModel):
     """An e-mail, in upper or lower case, and a password."""
 
     email: Email = Field(validation_alias=AliasChoices("email", "username"))
-    password: str = Field(min_length=1, max_length=1024, examples=["correct horse"])
+    password: AnyPassword
 
 
 class Registration(Login):
     """A new account."""
 
     password: Password
+
+
+class PasswordChange(SQLModel):
+    """The password of an account, and the one that takes its place."""
+
+    current_password: AnyPassword
+    new_password: Password
+
+
+class Confirmation(SQLModel):
+    """The password of an account, which is asked for again."""
+
+    password: AnyPassword
 
 
 class AccessToken(SQLModel):
@@ -391,13 +407,17 @@ email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_take
 wrong_credentials = partial(
     Unauthorized, code="wrong_credentials", detail="Wrong e-mail or password"
 )
+wrong_password = partial(
+    Unauthorized, code="wrong_password", detail="The current password is wrong"
+)
+no_account = partial(HTTPProblem, 404, "This user has no account here", "account_not_found")
+too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")
 
 
 def account_route(path: str, refusal: HTTPProblem, status: int = 200) -> Decorator:
     """Registers a route that gives a token, if ACCOUNTS is on."""
-    refusals = openapi.errors(refusal, HTTPProblem(429, "Too many requests"))
-    options: Any = {"responses": refusals, "response_model": AccessToken, "tags": ["accounts"]}
-    register: Any = app.post(path, status_code=status, **options)
+    options: Any = {"responses": openapi.errors(refusal, too_many), "response_model": AccessToken}
+    register: Any = app.post(path, status_code=status, tags=["accounts"], **options)
     return register if auth.ACCOUNTS else lambda endpoint: endpoint
 
 
@@ -415,6 +435,24 @@ async def log_in(request: Request, email: str, password: str) -> Response:
     if account is None or not matches:
         raise wrong_credentials()
     return token_response(account)
+
+
+async def find_user(user_id: str) -> db.Account | None:
+    """The user, or None for one of an outside issuer before the first task."""
+    user = await db.select_user(user_id)
+    if user is None and auth.is_account_id(user_id):
+        raise account_gone()
+    return user
+
+
+async def confirm(request: Request, user_id: str, password: str) -> None:
+    """Raises HTTPProblem unless the password is the account's. It counts as a login."""
+    user = await find_user(user_id)
+    if user is None or user.email is None:
+        raise no_account()
+    await auth.throttle(request, user.email)
+    if not await auth.passwords.check(password, user.password_hash):
+        raise wrong_password()
 
 
 @account_route("/auth/register", email_taken(), status=201)
@@ -435,24 +473,44 @@ async def login(request: Request, body: Login) -> Response:
 
 @account_route("/auth/token", wrong_credentials())
 async def login_by_form(
-    request: Request,
-    username: Annotated[Email, Form()],
-    password: Annotated[str, Form(min_length=1, max_length=1024)],
+    request: Request, username: Annotated[Email, Form()], password: Annotated[AnyPassword, Form()]
 ) -> Response:
     """Get a token by the form of OAuth2's password grant, as Swagger UI's Authorize does."""
     return await log_in(request, username, password)
 
 
-@app.post("/auth/logout", status_code=204, tags=["accounts"])
-async def logout() -> Response:
+@app.post("/auth/logout", tags=["accounts"])
+async def logout() -> dict[str, str]:
     """End a session: the client forgets its token, which ends by itself."""
+    return {"message": "Logged out"}
+
+
+CONFIRMED: Any = {"status_code": 204, "tags": ["accounts"]}
+CONFIRMED |= {"responses": openapi.errors(wrong_password(), no_account(), too_many)}
+
+
+@app.put("/auth/password", **CONFIRMED)
+async def change_password(request: Request, user_id: CurrentUser, body: PasswordChange) -> Response:
+    """Change the password. Tokens that were issued before stay good until they end."""
+    await confirm(request, user_id, body.current_password)
+    await db.update_password(user_id, await auth.passwords.hash(body.new_password))
+    return Response(status_code=204)
+
+
+@app.delete("/auth/me", **CONFIRMED)
+async def delete_account(request: Request, user_id: CurrentUser, body: Confirmation) -> Response:
+    """Delete the account and all its tasks."""
+    await confirm(request, user_id, body.password)
+    await db.delete_user(user_id)
     return Response(status_code=204)
 
 
 @app.get("/auth/me", response_model=User, tags=["accounts"])
 async def me(user_id: CurrentUser) -> Response:
     """Read the user whose token this is."""
-    return Response(await db.select_user(user_id), media_type="application/json")
+    user = await find_user(user_id)
+    unknown = {"id": user_id, "email": None, "created_at": None}
+    return Response(user.json if user else json.dumps(unknown), media_type="application/json")
 
 
 # Health.

@@ -506,10 +506,10 @@ def test_create_and_edit_may_stand_in_the_path(api: Client, root: str) -> None:
 
 
 @parametrize("headers", [{}, {"Authorization": "Bearer x"}])
-def test_logout_is_204_whatever_the_token(public: Client, headers: dict[str, str]) -> None:
+def test_logout_says_so_whatever_the_token(public: Client, headers: dict[str, str]) -> None:
     for body in (None, {"all": True}):
         response = public.post("/auth/logout", json=body, headers=headers)
-        assert (response.status_code, response.content) == (204, b"")
+        assert (response.status_code, response.json()) == (200, {"message": "Logged out"})
 
 
 def test_todos_stand_under_a_users_path_too(api: Client, task: Task) -> None:
@@ -840,6 +840,82 @@ def test_a_user_of_an_outside_issuer_has_no_row_before_the_first_task(api: Clien
     assert (before["email"], before["created_at"]) == (None, None)
     api.post("/tasks", json={"title": "x"})
     assert api.get("/auth/me").json()["created_at"] is not None
+
+
+CONFIRMED: list[Any] = [
+    ("PUT", "/auth/password", {"current_password": PASSWORD, "new_password": "battery staple"}),
+    ("DELETE", "/auth/me", {"password": PASSWORD}),
+]
+
+
+@pytest.fixture
+def ann(public: Client, account: Account) -> Client:
+    """A client with a token of the account."""
+    answer = public.post("/auth/login", json=account).json()
+    public.headers.update(bearer(answer["access_token"]))
+    return public
+
+
+def test_a_changed_password_logs_in_and_the_old_one_does_not(ann: Client, account: Account) -> None:
+    method, path, body = CONFIRMED[0]
+    response = ann.request(method, path, json=body)
+    assert (response.status_code, response.content) == (204, b"")
+    changed = account | {"password": "battery staple"}
+    assert ann.post("/auth/login", json=changed).status_code == 200
+    assert ann.post("/auth/login", json=account).status_code == 401
+    assert ann.get("/auth/me").status_code == 200  # a token is good until it ends
+
+
+def test_a_deleted_account_is_gone_with_its_tasks(
+    ann: Client, account: Account, database: str
+) -> None:
+    task = ann.post("/tasks", json={"title": "x"}).json()
+    method, path, body = CONFIRMED[1]
+    assert ann.request(method, path, json=body).status_code == 204
+    with psycopg.connect(database) as connection:
+        left = connection.execute("SELECT FROM todo.tasks WHERE id = %s", [task["id"]])
+        assert left.rowcount == 0
+    codes = [ann.get("/auth/me"), ann.post("/tasks", json={"title": "x"})]
+    codes += [ann.request(*call[:2], json=call[2]) for call in CONFIRMED]
+    assert {response.status_code for response in codes} == {401}
+    assert ann.post("/auth/login", json=account).json()["code"] == "wrong_credentials"
+
+
+@parametrize(("method", "path", "body"), CONFIRMED)
+def test_a_wrong_current_password_is_401_and_changes_nothing(
+    ann: Client, account: Account, method: str, path: str, body: dict[str, str]
+) -> None:
+    wrong = {name: value.replace(PASSWORD, "wrong") for name, value in body.items()}
+    response = ann.request(method, path, json=wrong)
+    refusal(response, 401, "wrong_password", "The current password is wrong")
+    assert "error=" not in response.headers["www-authenticate"]  # the token is good
+    assert ann.post("/auth/login", json=account).status_code == 200
+
+
+@parametrize(("method", "path", "body"), CONFIRMED)
+@parametrize("tasks", [[], ["x"]])
+def test_a_user_of_an_outside_issuer_has_no_password(
+    api: Client, method: str, path: str, body: dict[str, str], tasks: list[str]
+) -> None:
+    for title in tasks:
+        api.post("/tasks", json={"title": title})
+    refusal(api.request(method, path, json=body), 404, "account_not_found")
+    assert len(api.get("/tasks").json()) == len(tasks)
+
+
+def test_a_current_password_counts_as_a_login(database: str, tmp_path: Path) -> None:
+    account = {"email": new_email(), "password": PASSWORD}
+    with serving(database, tmp_path / "log") as server, client(server) as api:  # its first minute
+        made = api.post("/auth/register", json=account).json()
+        api.headers.update(bearer(made["access_token"]))
+        wrong = {"current_password": "wrong", "password": "wrong", "new_password": PASSWORD}
+        calls = [CONFIRMED[n % 2][:2] for n in range(10)]
+        codes = [api.request(*call, json=wrong).status_code for call in calls]
+        response = api.post("/auth/login", json=account)
+    assert codes == [401] * 9 + [429]
+    detail = refusal(response, 429, "too_many_requests")["detail"]
+    wait = response.headers["retry-after"]
+    assert re.fullmatch(rf"Too many attempts: try again in {wait} seconds?", detail)
 
 
 # Safe to retry, safe to share.
