@@ -11,6 +11,7 @@ COPY --from=build /venv /venv
 WORKDIR /app
 COPY main.py auth.py db.py schema.sql ./
 COPY lib lib
+COPY pgpipeline/*.py pgpipeline/
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1
 USER todo
 EXPOSE 8000
