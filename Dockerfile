@@ -16,4 +16,4 @@ ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1
 USER todo
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=3s CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ.get(\"PORT\") or 8000}/health', timeout=2)"]
-CMD exec uvicorn main:app --host 0.0.0.0 --port ${PORT:-8000} --workers 1 --timeout-keep-alive 75 --timeout-graceful-shutdown 8 --proxy-headers --forwarded-allow-ips 127.0.0.0/8,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7 --no-server-header --ws none --http lib.protocol:Protocol
+CMD exec python -m lib.serve main:app --host 0.0.0.0

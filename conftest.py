@@ -42,7 +42,6 @@ from tests.citus import distribute
 
 HERE = Path(__file__).parent
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ruff and uvicorn come first
-PROTOCOL = ["--http", "lib.protocol:Protocol"]
 SECRET = "a secret of the tests, thirty-two bytes and more"
 SETTINGS = re.findall(r"^(\w+)=", (HERE / ".env.example").read_text(), re.M)
 NOBODYS_ID = "01a00000-0000-7000-8000-000000000000"
@@ -260,7 +259,7 @@ def environment(database: str, **settings: str) -> dict[str, str]:
 
 def uvicorn(port: int) -> list[str]:
     """The command that starts the service on the port."""
-    return [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port), *PROTOCOL]
+    return ["env", f"PORT={port}", sys.executable, "-m", "lib.serve", "main:app"]
 
 
 @contextmanager

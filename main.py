@@ -70,6 +70,7 @@ VERSION = "1.1.0"
 
 class Settings(BaseSettings):
     cors_origins: str = ""
+    client_ip_header: str = Field("X-Forwarded-For", pattern=r"^[\w!#$%&'*+.^`|~-]+$")
     fastapi_otel_auto_configure: bool = False  # FastAPI reads it too
 
 
@@ -246,6 +247,7 @@ app = openapi.DocumentedAPI(
     lifespan=startup.lifespan(db.start, db.stop),
     telemetry=telemetry.telemetry(automatic=settings.fastapi_otel_auto_configure),
     middleware=[  # outermost first
+        Middleware(middleware.ClientAddress, header=settings.client_ip_header),  # behind a proxy
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
         Middleware(middleware.ErrorResponses, respond=respond),  # a problem for each exception

@@ -17,12 +17,12 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from subprocess import Popen
-from typing import Any
 
 import uvicorn
 from pydantic import Field
 
 from lib import embedded
+from lib import serve as server
 from lib.settings import BaseSettings
 
 PORTS = (3000, 5173)  # of Next.js and Vite
@@ -94,10 +94,10 @@ def serve(app: str, fd: str, parent: str, *mode: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    options: Any = {"http": "lib.protocol:Protocol", "timeout_graceful_shutdown": 8}
     if mode:
-        options |= {"reload": True, "reload_includes": ["*.sql"]}
-    uvicorn.run(app, fd=int(fd), **options)
+        uvicorn.run(app, fd=int(fd), reload=True, reload_includes=["*.sql"], **server.FLAGS)
+    else:
+        server.run(app, fd=int(fd))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """ASGI middleware, one duty each. A host lists the classes from the outside in.
 
-RequestLog comes first: it makes the RequestState that the others use.
+ClientAddress and RequestLog come first: RequestLog makes the RequestState that the others use.
 """
 
 import asyncio
 import random
 import re
 from time import perf_counter
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from lib import logs
 from lib.problems import RETRY, HTTPProblem, Respond
@@ -19,7 +21,32 @@ MAX_BODY = 131_072  # bytes of a request's body
 MAX_BODIES = 32_000_000  # bytes of all bodies
 BODY_TIMEOUT = 10  # seconds for a body to arrive
 
+PROXIES = (  # private networks, where the proxies of platforms stand (RFC 1918, 4193, 6598)
+    "127.0.0.0/8,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7"
+)
+FORWARDED = b"x-forwarded-for"
+MAX_ADDRESS = 45  # characters of an IP address at most
+
 PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")
+
+
+class ClientAddress:
+    """Gives scope["client"] the address of the client, where a proxy in PROXIES has sent it.
+
+    `header` names the header in which the proxy says it. What comes from elsewhere is ignored,
+    because a client can write any header. Of several addresses the last counts that is no proxy.
+    """
+
+    def __init__(self, app: ASGIApp, header: str) -> None:
+        self.app: Any = ProxyHeadersMiddleware(app, PROXIES)  # type: ignore[arg-type]
+        self.header = header.lower().encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.header != FORWARDED:
+            sent = [each for each in scope["headers"] if each[0] != FORWARDED]
+            sent += [(FORWARDED, value) for name, value in sent if name == self.header]
+            scope["headers"] = sent
+        await self.app(scope, receive, send)
 
 
 class RequestLog:
@@ -40,7 +67,7 @@ class RequestLog:
         if not PLAIN_ID.fullmatch(request_id):
             request_id = b"%032x" % random.getrandbits(128)
         has_body = b"content-length" in headers or b"transfer-encoding" in headers
-        address = scope["client"][0] if scope["client"] else ""
+        address = scope["client"][0][:MAX_ADDRESS] if scope["client"] else ""
         state = RequestState(headers, request_id.decode(), address, None if has_body else b"")
         scope["state"]["request"] = state
 
@@ -68,6 +95,7 @@ class RequestLog:
             "status": state.status or 499,  # 499: the client left before there was one
             "duration_ms": round(seconds * 1000, 2),
             "user_id": state.user_id,
+            "client": state.client,
         }
         if state.reason:
             fields["reason"] = state.reason

@@ -7,7 +7,6 @@ program is not installed, and says so. Most need Node and npm, some chromium or 
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_network
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -52,6 +50,7 @@ from conftest import (
     token,
     wait_for_start,
 )
+from lib import middleware, serve
 
 parametrize = pytest.mark.parametrize
 NPM = {
@@ -606,15 +605,12 @@ def test_every_host_starts_the_procfiles_command() -> None:
     assert FLY["build"] == {"dockerfile": "Dockerfile"} and "processes" not in FLY
 
 
-def test_the_command_has_the_flags_that_hosts_need() -> None:
-    words = shlex.split(COMMAND)
-    flags = dict(pairwise(words))
-    assert flags["--workers"] == "1"  # Heroku's WEB_CONCURRENCY would start two
-    assert int(flags["--timeout-keep-alive"]) > 60  # longer than the proxies in front
-    assert int(flags["--timeout-graceful-shutdown"]) < 10 and FLY["kill_timeout"] == "10s"
-    assert (flags["--host"], flags["--port"]) == ("0.0.0.0", "${PORT:-8000}")
-    # Proxies are on private networks. With "*" the first hop would count, which a client writes.
-    trusted = flags["--forwarded-allow-ips"].split(",")
+def test_the_server_has_the_flags_that_hosts_need() -> None:
+    assert serve.KEEP_ALIVE >= 95  # Heroku's router keeps connections for 90 s
+    assert serve.SHUTDOWN < 10
+    assert FLY["kill_timeout"] == "10s"
+    # With "*" the first hop would count, which a client writes.
+    trusted = middleware.PROXIES.split(",")
     assert all(ip_network(each).is_private or each == "100.64.0.0/10" for each in trusted)
 
 
@@ -631,9 +627,11 @@ def test_every_host_probes_health_and_not_the_database() -> None:
 def test_secrets_are_named_and_not_given() -> None:
     given = {variable.pop("key"): variable for variable in RENDER["envVars"]}
     assert set(given) <= set(SETTINGS) and {"DATABASE_URL", "JWT_SECRET"} <= set(given)
-    allowed = ({"sync": False}, {"generateValue": True})
-    assert all(variable in allowed for variable in given.values())
-    assert "env" not in FLY and "postgresql://" not in DOCKERFILE
+    header = given.pop("CLIENT_IP_HEADER")
+    assert header == {"value": "CF-Connecting-IP"}
+    assert all(each in ({"sync": False}, {"generateValue": True}) for each in given.values())
+    assert FLY["env"] == {"CLIENT_IP_HEADER": "Fly-Client-IP"}
+    assert "postgresql://" not in DOCKERFILE
 
 
 def test_the_image_has_no_root_and_no_build_tools() -> None:

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from lib import logs, middleware
-from lib.middleware import BodyLimit, ErrorResponses, RequestLog
+from lib.middleware import BodyLimit, ClientAddress, ErrorResponses, RequestLog
 from lib.problems import HTTPProblem
 from lib.state import RequestState, state_of
 
@@ -137,6 +137,22 @@ def test_a_body_counts_until_its_request_has_ended(monkeypatch: pytest.MonkeyPat
 
 
 # The others.
+
+
+def test_a_header_that_names_the_client_is_believed_of_proxies_alone() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["client"][0])
+
+    async def story() -> None:
+        headers: Any = [(b"fly-client-ip", b"198.51.100.7"), (b"x-forwarded-for", b"192.0.2.9")]
+        for peer in ("10.0.0.1", "203.0.113.5"):
+            sent: Scope = {**scope(), "client": (peer, 1), "headers": headers}
+            await ClientAddress(app, "Fly-Client-IP")(sent, nothing, nothing)
+
+    run(story)
+    assert seen == ["198.51.100.7", "203.0.113.5"]
 
 
 @parametrize(("error", "calls"), [(ClientDisconnect(), 0), (ValueError(), 1)])

@@ -1,0 +1,75 @@
+"""Starts the server. Its flags stand here, and nowhere else.
+
+    python -m lib.serve main:app --host 0.0.0.0    # on the port that PORT names
+
+A port that is taken, or a wrong setting, ends the start with one line.
+"""
+
+import argparse
+import socket
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+from pydantic import Field
+from uvicorn.supervisors import Multiprocess
+
+from lib.settings import BaseSettings
+
+# Seconds that an idle connection stays open. Heroku's router keeps its own for 90 s and asks for
+# 95 or more: otherwise it sends a request on a connection that we are about to close.
+KEEP_ALIVE = 100
+SHUTDOWN = 8  # seconds that requests have to end after SIGTERM; platforms kill after 10 or more
+
+# libuv accepts one connection for each listening socket and turn of the event loop (its PR 3696),
+# so that 1,000 clients that connect at once under load wait for 1,000 turns: the last waited 5 s.
+LISTENERS = 8  # duplicates of the socket: 200 connections take 26 turns instead of 201
+
+
+FLAGS: dict[str, Any] = {
+    "http": "lib.protocol:Protocol",
+    "ws": "none",
+    "timeout_keep_alive": KEEP_ALIVE,
+    "timeout_graceful_shutdown": SHUTDOWN,
+    "proxy_headers": False,  # lib.middleware.ClientAddress finds the client
+    "server_header": False,
+    "access_log": False,  # RequestLog says more
+    "log_config": None,  # the application configures logging
+}
+
+
+class Settings(BaseSettings):
+    port: int = Field(8000, ge=0, le=65_535)  # 0: any free port
+
+
+def duplicates(listener: socket.socket) -> list[socket.socket]:
+    """The socket LISTENERS times, each with a descriptor of its own."""
+    return [listener, *(listener.dup() for _ in range(LISTENERS - 1))]
+
+
+def run(app: str, host: str = "", workers: int = 1, fd: int | None = None) -> None:
+    """Serves `app` until a signal. `fd`, a socket that listens already, replaces host and port.
+
+    The port is taken first and listened on last, when the application has started.
+    """
+    # Without `workers`, uvicorn starts WEB_CONCURRENCY of them, which Heroku sets.
+    config = uvicorn.Config(app, host, Settings.load().port, workers=workers, **FLAGS)
+    if workers == 1:
+        config.load()  # so that the application's logging is there before the first line
+    first = config.bind_socket() if fd is None else socket.socket(fileno=fd)
+    sockets = duplicates(first)
+    server = uvicorn.Server(config)
+    with suppress(KeyboardInterrupt):  # Ctrl-C, after the server has shut down
+        if workers > 1:
+            Multiprocess(config, sockets).run()
+        else:
+            server.run(sockets)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m lib.serve")
+    parser.add_argument("app", help="module:name")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with its memory")
+    parser.add_argument("--fd", type=int, help="a socket that listens already")
+    run(**vars(parser.parse_args()))
