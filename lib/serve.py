@@ -25,7 +25,6 @@ SHUTDOWN = 8  # seconds that requests have to end after SIGTERM; platforms kill 
 # so that 1,000 clients that connect at once under load wait for 1,000 turns: the last waited 5 s.
 LISTENERS = 8  # duplicates of the socket: 200 connections take 26 turns instead of 201
 
-
 FLAGS: dict[str, Any] = {
     "http": "lib.protocol:Protocol",
     "ws": "none",
@@ -71,5 +70,4 @@ if __name__ == "__main__":
     parser.add_argument("app", help="module:name")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with its memory")
-    parser.add_argument("--fd", type=int, help="a socket that listens already")
     run(**vars(parser.parse_args()))
