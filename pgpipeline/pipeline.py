@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 QUERY_TIMEOUT = 5.0  # seconds until a query has failed, wherever it has spent them
 STATEMENT_TIMEOUT = 1.0  # seconds until a statement is cancelled, if other queries wait
 SLOW = 0.1  # seconds without an answer, beyond the round trip, after which a query is slow
-BATCHING = 0.002  # seconds that queries wait for the next answer of a busy pipeline: near a
-# database that comes sooner, and one packet takes them all; far from it they go after this
 MAX_HOLD = 60.0  # seconds until a busy connection is released, so that the pool can replace it
 
 # Prepared, or done without rows; or not executed, after the error of the Parse before it.
@@ -262,7 +260,7 @@ class Pipeline:
         query, silence = self.sent[0], now - self.waiting_since
         if silence > QUERY_TIMEOUT + 3 * SLOW:
             raise TimeoutError
-        self.pool.queue.found_slow(query)
+        self.pool.queue.found_slow(query.tenant)
         holds_up = silence > STATEMENT_TIMEOUT and (len(self.sent) > 1 or self.pool.queue)
         if (holds_up or query.result.done()) and not query.cancel_sent:
             query.cancel_sent = True

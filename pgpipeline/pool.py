@@ -1,7 +1,6 @@
 """The pool: takes statements of many callers, and sends them by a few pipelines."""
 
 import asyncio
-import logging
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -9,22 +8,17 @@ from time import monotonic
 
 from pgpipeline.connection import ConnectionPool
 from pgpipeline.errors import CONFLICTS, Unavailable
-from pgpipeline.pipeline import BATCHING, QUERY_TIMEOUT, SLOW, Pipeline
+from pgpipeline.pipeline import QUERY_TIMEOUT, SLOW, Pipeline
 from pgpipeline.queue import Query, Queue
 from pgpipeline.result import Result
 from pgpipeline.statement import Statement, Value, encode
 
+BATCHING = 0.002  # seconds that queries wait for the next answer of a busy pipeline: near a
+# database that comes sooner, and one packet takes them all; far from it they go after this
 MAX_ATTEMPTS = 3  # to execute a query
-MAX_CONFLICTS = 10  # attempts that may end in a conflict with another transaction
-PAUSE = 0.005  # seconds before the second attempt after a conflict, doubled for each further one
+MAX_CONFLICTS = 10  # attempts, where they end in a conflict with another transaction
+PAUSE = 0.005  # seconds on average before the first attempt after a conflict; each next has twice
 RECONNECT = 0.1  # seconds until a pipeline that got no connection is replaced
-
-log = logging.getLogger("pgpipeline")
-
-
-def no_span(statement: Statement) -> AbstractContextManager[object]:
-    """The default of `span`: traces nothing."""
-    return nullcontext()
 
 
 class PipelinePool:
@@ -35,9 +29,9 @@ class PipelinePool:
         connections: ConnectionPool,
         size: int,
         depth: int,
-        span: Callable[[Statement], AbstractContextManager[object]] = no_span,
+        span: Callable[[Statement], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """`span` gives a context for the time that a statement takes, as for OpenTelemetry."""
+        """`span` gives a context for the time that a statement takes, as a tracer does."""
         self.connections, self.size, self.depth, self.span = connections, size, depth, span
         self.queue = Queue(size)
         self.pipelines: dict[Pipeline, asyncio.Task[None]] = {}
@@ -48,16 +42,16 @@ class PipelinePool:
     async def execute(
         self, statement: Statement, values: Mapping[str, Value], tenant: str = ""
     ) -> Result:
-        """Executes a statement in a transaction of its own.
+        """Executes a statement in a transaction of its own, when it is the tenant's turn.
 
-        `tenant` is whose turn it takes (see queue.py). Raises the exceptions of errors.py;
-        Unavailable after QUERY_TIMEOUT at the latest, wherever the time was spent.
+        Raises the exceptions of errors.py: Unavailable after QUERY_TIMEOUT at the latest, wherever
+        the time was spent.
         """
         loop = asyncio.get_running_loop()
         encoded = [encode(values[name]) for name in statement.parameters]
         query = Query(statement, encoded, self.queue.tenant(tenant), loop.create_future())
-        # In two steps, since the loop may have stood still until now: then the second one lets it
-        # read the answer that lies in the socket.
+        # In two steps: the loop may have stood still until the first one. Then it reads an answer
+        # that lies in the socket before the second.
         timeout = loop.call_later(QUERY_TIMEOUT, loop.call_later, SLOW, expire, query)
         self.put(query)
         try:
@@ -81,8 +75,6 @@ class PipelinePool:
 
     def put(self, query: Query) -> None:
         """Queues a query. It is sent with all others that come in this turn of the loop."""
-        if query.result.done():  # its caller has left during a pause
-            return
         self.queue.append(query)
         if not self.scheduled:
             self.scheduled = True
@@ -92,32 +84,24 @@ class PipelinePool:
         """Sends what is queued, each query where the fewest are under way, and flushes once.
 
         A pipeline that has just been sent something gets more with its next answer, or after
-        BATCHING: so that queries travel in batches. `answered` is one that had an answer now.
+        BATCHING, so that queries travel together. `answered` is one that has had an answer now.
         """
         self.scheduled = False
         if not self.queue:
             return
         now = monotonic()
         usable = [p for p in self.pipelines if p.is_active and not p.is_silent(now)]
-        self.keep_slow_apart(usable)
         ready = [p for p in usable if p is answered or not p.sent or now > p.last_flush + BATCHING]
-        for pipeline in (p for p in ready if p.serves_slow):
-            self.fill([pipeline])
+        self.keep_slow_apart(usable)
+        self.fill([p for p in ready if p.serves_slow])
         self.fill([p for p in ready if not p.serves_slow])
         for pipeline in ready:
             pipeline.flush()
         if self.queue and len(ready) < len(usable) and not self.timer:
             self.timer = asyncio.get_running_loop().call_later(BATCHING, self.dispatch_later)
-        if len(self.pipelines) < self.size and self.needs_another(usable):
+        if len(self.pipelines) < self.size and self.is_busy(usable):
             pipeline = Pipeline(self)
             self.pipelines[pipeline] = asyncio.create_task(pipeline.run())
-
-    def needs_another(self, usable: list[Pipeline]) -> bool:
-        """Whether another pipeline would be of use: each of one kind has several under way."""
-        quick = [pipeline for pipeline in usable if not pipeline.serves_slow]
-        if quick:
-            return all(len(pipeline.sent) > 1 for pipeline in quick)
-        return self.queue.may_send_any(slow=False) or not self.pipelines
 
     def fill(self, pipelines: list[Pipeline]) -> None:
         """Sends queries to pipelines of one kind until they are full, or nobody may send more."""
@@ -128,21 +112,25 @@ class PipelinePool:
             query = self.queue.take(pipeline, pipeline.serves_slow)
             if query:
                 pipeline.send(query)
-            else:  # another pipeline may have queries of a tenant who has to keep to those
+            else:  # another one may have a tenant's queries under way, and so may get more of them
                 pipelines.remove(pipeline)
 
     def keep_slow_apart(self, usable: list[Pipeline]) -> None:
-        """Lets one pipeline serve slow tenants while there are any, and quick ones otherwise."""
+        """Lets one pipeline serve slow tenants while there are any, and everybody otherwise."""
         self.queue.forget_slow()
         if not self.queue.slow:
             for pipeline in self.pipelines:
                 pipeline.serves_slow = False
-        elif (
-            usable
-            and not any(pipeline.serves_slow for pipeline in self.pipelines)
-            and self.queue.may_send_any(slow=True)
-        ):
+        elif usable and not any(p.serves_slow for p in self.pipelines) and self.queue.count_slow():
             min(usable, key=lambda pipeline: len(pipeline.sent)).serves_slow = True
+
+    def is_busy(self, usable: list[Pipeline]) -> bool:
+        """Whether another pipeline would help: each that serves quick tenants has several queries
+        under way, or there is none and quick tenants wait."""
+        quick = [pipeline for pipeline in usable if not pipeline.serves_slow]
+        if quick or not self.pipelines:
+            return all(len(pipeline.sent) > 1 for pipeline in quick)
+        return len(self.queue) > self.queue.count_slow()
 
     def dispatch_later(self) -> None:
         self.timer = None
@@ -160,13 +148,18 @@ class PipelinePool:
             return
         query.attempts += 1
         if conflict:  # at once it would meet the same transaction again
-            pause = PAUSE * 2**query.attempts * random.random()  # noqa: S311
-            asyncio.get_running_loop().call_later(pause, self.put, query)
+            pause = PAUSE * 2**query.attempts * random.random()  # noqa: S311  # no secret
+            asyncio.get_running_loop().call_later(pause, self.put_again, query)
         else:
             self.put(query)
 
+    def put_again(self, query: Query) -> None:
+        if not query.result.done():  # its caller may have left during the pause
+            self.put(query)
+
     def closed(self, pipeline: Pipeline) -> None:
-        """Forgets a pipeline. What waits is sent by others, or by a new one."""
+        """Forgets a pipeline. Another one is made if queries wait: at once, unless this one got no
+        connection, as the next one would not get any either."""
         del self.pipelines[pipeline]
         pause = 0.0 if pipeline.active_since else RECONNECT
         asyncio.get_running_loop().call_later(pause, self.dispatch)

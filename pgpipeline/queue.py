@@ -27,27 +27,26 @@ MAX_QUEUE = 2000  # queries that may wait; a request weighs some 20 KB
 
 
 @dataclass(slots=True, eq=False)
+class Tenant:
+    """A line of queries that wait, and what is under way for whoever they belong to."""
+
+    name: str
+    line: "deque[Query]" = field(default_factory=deque)
+    window: int = FEW  # queries that may be under way while nobody else is served
+    under_way: dict[Hashable, int] = field(default_factory=dict)  # queries, by pipeline
+
+
+@dataclass(slots=True, eq=False)
 class Query:
     """A statement with its encoded values, and the future that gets its Result."""
 
     statement: Statement
     values: list[bytes | None]
-    tenant: "Tenant"
+    tenant: Tenant
     result: asyncio.Future[Result]
-    attempts: int = 1
     in_line: bool = False
+    attempts: int = 1
     cancel_sent: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Tenant:
-    """A line of queries that wait, and what may be under way for whoever they belong to."""
-
-    name: str
-    line: deque[Query] = field(default_factory=deque)
-    window: int = FEW  # queries that may be under way while nobody else is served
-    under_way: dict[Hashable, int] = field(default_factory=dict)  # queries, by pipeline
-    slow_until: float = 0.0  # on the clock of time.monotonic()
 
 
 class Queue:
@@ -56,7 +55,7 @@ class Queue:
     def __init__(self, size: int) -> None:
         self.size = size
         self.tenants: OrderedDict[str, Tenant] = OrderedDict()  # the next in turn comes first
-        self.slow: set[str] = set()  # names of tenants that were slow
+        self.slow: dict[str, float] = {}  # until when, on the clock of time.monotonic()
         self.waiting = 0
 
     def __len__(self) -> int:
@@ -64,26 +63,22 @@ class Queue:
 
     def tenant(self, name: str) -> Tenant:
         """The tenant of this name. It is known while it has queries, or is slow."""
-        tenant = self.tenants.get(name)
-        if tenant is None:
-            tenant = self.tenants[name] = Tenant(name)
-        return tenant
+        return self.tenants.get(name) or self.tenants.setdefault(name, Tenant(name))
 
     def append(self, query: Query) -> None:
         """Adds a query to its tenant's line. When the queue is full, the longest line gives way."""
-        tenant = query.tenant = self.tenant(query.tenant.name)
-        tenant.line.append(query)
+        query.tenant = self.tenant(query.tenant.name)
+        query.tenant.line.append(query)
         query.in_line = True
         self.waiting += 1
         if self.waiting > MAX_QUEUE:
-            longest = max(self.tenants.values(), key=lambda tenant: len(tenant.line))
-            last = longest.line[-1]
+            last = max(self.tenants.values(), key=lambda tenant: len(tenant.line)).line[-1]
             self.remove(last)
             if not last.result.done():
                 last.result.set_exception(Unavailable("the queue is full"))
 
     def remove(self, query: Query) -> None:
-        """Takes a query out of its line, whether it is sent or its caller has left."""
+        """Takes a query out of its line, because it is sent or its caller has left."""
         if query.in_line:
             query.in_line = False
             query.tenant.line.remove(query)
@@ -102,17 +97,14 @@ class Queue:
         return None
 
     def may_send(self, tenant: Tenant, pipeline: Hashable, serves_slow: bool) -> bool:
-        """Whether the rules let a tenant's next query go to this pipeline."""
-        if self.size > 1 and self.is_slow(tenant) != serves_slow:
-            return False
-        if pipeline not in tenant.under_way and len(tenant.under_way) >= max(1, self.size - 1):
-            return False
-        return sum(tenant.under_way.values()) < self.window(tenant)
-
-    def window(self, tenant: Tenant) -> int:
-        if self.is_slow(tenant):
-            return 1
-        return FEW if len(self.tenants) > 1 else tenant.window
+        """Whether rules 2 to 4 let a tenant's next query go to a pipeline."""
+        is_slow = tenant.name in self.slow
+        if self.size > 1:  # a single pipeline serves all
+            reaches_all = len(tenant.under_way) >= self.size - 1
+            if is_slow != serves_slow or (reaches_all and pipeline not in tenant.under_way):
+                return False
+        window = 1 if is_slow else FEW if len(self.tenants) > 1 else tenant.window
+        return sum(tenant.under_way.values()) < window
 
     def ended(self, query: Query, pipeline: Hashable, quickly: bool) -> None:
         """Notes that a query is no longer under way."""
@@ -128,28 +120,17 @@ class Queue:
         if not (tenant.line or tenant.under_way or tenant.name in self.slow):
             self.tenants.pop(tenant.name, None)
 
-    def found_slow(self, query: Query) -> None:
-        """Notes that a query under way is slow."""
-        query.tenant.window = FEW
-        query.tenant.slow_until = monotonic() + SLOW_MEMORY
-        self.slow.add(query.tenant.name)
-
-    def is_slow(self, tenant: Tenant) -> bool:
-        if self.slow and tenant.name in self.slow and tenant.slow_until <= monotonic():
-            self.slow.discard(tenant.name)
-        return tenant.name in self.slow
+    def found_slow(self, tenant: Tenant) -> None:
+        """Notes that a query of a tenant is slow."""
+        tenant.window = FEW
+        self.slow[tenant.name] = monotonic() + SLOW_MEMORY
 
     def forget_slow(self) -> None:
-        """Forgets tenants that are slow no longer."""
-        for name in list(self.slow):
-            if not self.is_slow(self.tenants[name]):
-                self.forget(self.tenants[name])
+        """Lets tenants whose SLOW_MEMORY is over count as quick again."""
+        for name in [name for name, until in self.slow.items() if until <= monotonic()]:
+            del self.slow[name]
+            self.forget(self.tenants[name])
 
-    def may_send_any(self, slow: bool) -> bool:
-        """Whether a slow tenant, or a quick one, has queries and may have one more under way."""
-        return any(
-            tenant.line
-            and self.is_slow(tenant) == slow
-            and sum(tenant.under_way.values()) < self.window(tenant)
-            for tenant in list(self.tenants.values())
-        )
+    def count_slow(self) -> int:
+        """How many of the queries that wait are those of slow tenants."""
+        return sum(len(self.tenants[name].line) for name in self.slow)
