@@ -32,14 +32,14 @@ MIXED = ["list of 20"] * 4 + ["GET one"] * 2 + ["create", "toggle"]
 USERS, OTHERS = [f"u{n}" for n in range(100)], [f"other{n}" for n in range(100)]
 BODY = '{"title": "Buy milk", "description": "two litres of it, please"}'
 
-FILL_USERS = "INSERT INTO todo.users (id) SELECT 'u' || n FROM generate_series(0, %s - 1) AS n"
+FILL_USERS = "INSERT INTO users (id) SELECT 'u' || n FROM generate_series(0, %s - 1) AS n"
 # Users create tasks in turn, so the tasks of one user lie far apart.
 FILL_TASKS = """
-INSERT INTO todo.tasks (user_id, id, title, description, completed, created_at, updated_at)
-SELECT 'u' || n %% %(users)s, todo.uuidv7(), 'Buy milk', 'two litres of it, please', false,
+INSERT INTO tasks (user_id, id, title, description, completed, created_at, updated_at)
+SELECT 'u' || n %% %(users)s, uuidv7(), 'Buy milk', 'two litres of it, please', false,
     now(), now()
 FROM generate_series(1, %(users)s * 100) AS n"""
-SAMPLE = "SELECT id, user_id FROM todo.tasks WHERE user_id = ANY (%s) ORDER BY random() LIMIT 2000"
+SAMPLE = "SELECT id, user_id FROM tasks WHERE user_id = ANY (%s) ORDER BY random() LIMIT 2000"
 CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND client_port IS NOT NULL"
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 204" role="img">
 <style>text{font:13px Arial;fill:#222} @media(prefers-color-scheme:dark){text{fill:#eee}}</style>"""
@@ -78,7 +78,10 @@ class Bench:
         self.db.execute(f'CREATE DATABASE "{name}"'.encode())
         url = self.postgres.get_uri(name)
         self.start(name, command, cwd, **{"DATABASE_URL": url} | env)
-        with psycopg.connect(url, autocommit=True) as database:
+        path = (
+            "-c search_path=todo,public"  # 1.x has its tables in public, and so has the usual way
+        )
+        with psycopg.connect(url, autocommit=True, options=path) as database:
             if name != "usual":
                 database.execute(FILL_USERS, [self.users])
             database.execute(FILL_TASKS, {"users": self.users})
