@@ -36,10 +36,11 @@ class CORS(CORSMiddleware):
         if "origin" in headers and "access-control-request-method" in headers:
             response = self.preflight_response(headers)
             if response.status_code != 200:
-                text = bytes(response.body).decode()
+                problem = HTTPProblem(400, bytes(response.body).decode())
                 if not self.is_allowed_origin(headers["origin"]):
-                    text = f"The origin of this page is not in {self.setting}"
-                response = await self.respond(Request(scope), HTTPProblem(400, text))
+                    text = f"{self.setting} does not have the origin of this page"
+                    problem = HTTPProblem(400, text, "origin_not_allowed", reason=text)
+                response = await self.respond(Request(scope), problem)
             return await response(scope, receive, send)
         if not self.is_on:  # it would take 20 us a request
             return await self.app(scope, receive, send)

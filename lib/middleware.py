@@ -62,6 +62,8 @@ class RequestLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, method = perf_counter(), scope["method"]
+        # White space around a value is no part of it (RFC 9110 section 5.5). uvicorn leaves it.
+        scope["headers"] = [(name, value.strip(b" \t")) for name, value in scope["headers"]]
         headers = dict(scope["headers"][::-1])
         request_id = headers.get(b"x-request-id", b"")
         if not PLAIN_ID.fullmatch(request_id):
