@@ -324,6 +324,22 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     assert server.failures() == []
 
 
+Redis = tuple[str, subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    """A Redis of its own on loopback: its address and its process."""
+    program, port = shutil.which("redis-server"), str(free_port())
+    if not program:
+        pytest.skip("redis-server is not installed")
+    options = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    with subprocess.Popen([program, *options], stdout=subprocess.DEVNULL) as process:
+        wait_for_start(process, int(port))
+        yield f"redis://127.0.0.1:{port}", process
+        process.kill()
+
+
 def memory(server: Server) -> float:
     """What the process holds, in MB."""
     return float(psutil.Process(server.process.pid).memory_info().rss) / 1e6

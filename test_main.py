@@ -1191,6 +1191,33 @@ def test_known_keys_outlast_the_issuer_and_new_ones_follow(database: str, tmp_pa
         wait_until(lambda: status(server, rotated) == 200)
 
 
+@pytest.fixture
+def without_cryptography(tmp_path: Path) -> dict[str, str]:
+    """Settings of a service that finds no package cryptography."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['cryptography'] = None")
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+def test_the_secret_alone_needs_no_cryptography(
+    database: str, tmp_path: Path, without_cryptography: dict[str, str]
+) -> None:
+    account = {"email": new_email(), "password": PASSWORD}
+    with serving(database, tmp_path / "log", **without_cryptography) as server:
+        made = post(server.url + "/auth/register", json=account).json()
+        assert status(server, made["access_token"]) == status(server, token("u")) == 200
+        forged = jwt.encode(MINE, ed25519.Ed25519PrivateKey.generate(), "EdDSA")
+        assert status(server, forged) == 401
+
+
+def test_a_jwks_without_cryptography_stops_the_start(
+    database: str, without_cryptography: dict[str, str]
+) -> None:
+    ended = start(database, JWT_JWKS_URL="https://issuer.example/jwks", **without_cryptography)
+    [line] = ended.stderr.splitlines()
+    assert ended.returncode == 1
+    assert "JWT_JWKS_URL" in line and "pip install 'PyJWT[crypto]'" in line
+
+
 def test_better_auths_secret_works_and_accounts_can_be_off(database: str, tmp_path: Path) -> None:
     secret = {"JWT_SECRET": "", "BETTER_AUTH_SECRET": SECRET, "JWT_USER_CLAIM": "user_id"}
     with serving(database, tmp_path / "log", ACCOUNTS="off", **secret) as server:

@@ -697,19 +697,6 @@ def test_the_dockerfiles_steps_work_in_a_clean_environment(database: str, tmp_pa
 
 
 @pytest.fixture
-def redis(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A Redis of its own on loopback: its address and its process."""
-    program, port = shutil.which("redis-server"), str(free_port())
-    if not program:
-        pytest.skip("redis-server is not installed")
-    options = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    with subprocess.Popen([program, *options], stdout=subprocess.DEVNULL) as process:
-        wait_for_start(process, int(port))
-        yield f"redis://127.0.0.1:{port}", process
-        process.kill()
-
-
-@pytest.fixture
 def two_instances(
     database: str, redis: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
 ) -> Iterator[tuple[Server, Server]]:

@@ -4,13 +4,16 @@ Tokens, hashes, an issuer on loopback: all of it is real. Only clocks and lifeti
 """
 
 import asyncio
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Coroutine, Iterator
 from contextlib import closing, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
@@ -20,11 +23,11 @@ import jwt
 import pytest
 from fastapi import Request
 
-from conftest import HERE, NOBODYS_ID, SECRET, SETTINGS, Issuer, outside
+from conftest import HERE, NOBODYS_ID, SECRET, SETTINGS, Issuer, Redis, outside
 from lib import jwks, ratelimit
 from lib.jwks import KeySet
 from lib.problems import HTTPProblem, Unauthorized
-from lib.ratelimit import RateLimiter, parse_limit
+from lib.ratelimit import Limit, RateLimiter, parse_limit
 from lib.state import RequestState
 
 for name in SETTINGS:
@@ -178,6 +181,7 @@ def test_an_unknown_e_mail_takes_as_long_as_a_wrong_password() -> None:
     hashed = asyncio.run(auth.passwords.hash("correct horse")).encode()
     known, unknown = asyncio.run(check(hashed)), asyncio.run(check(None))
     assert known / 4 < unknown < known * 4
+    assert unknown < 5
 
 
 def test_two_passwords_at_a_time_are_hashed() -> None:
@@ -241,11 +245,59 @@ def hits(limiter: RateLimiter, keys: list[str], limit: str = "2/second") -> list
     return [asyncio.run(hit(key)) for key in keys]
 
 
-def test_a_limit_starts_anew_when_its_window_is_over() -> None:
-    limiter = RateLimiter()
-    assert hits(limiter, ["a"] * 3) == [True, True, False]
-    time.sleep(1.1)
-    assert hits(limiter, ["a"]) == [True]
+@parametrize("storage", ["", "redis"])
+def test_who_obeys_retry_after_is_let_through(request: pytest.FixtureRequest, storage: str) -> None:
+    async def story() -> None:
+        limiter = RateLimiter(request.getfixturevalue("redis")[0] if storage else "")
+        for pause in (0.0, 0.3, 0.6):
+            limit, key = Limit(2, 2), f"{pause}"
+            await limiter.hit(key, limit, key)
+            await asyncio.sleep(pause)
+            await limiter.hit(key, limit, key)
+            with pytest.raises(HTTPProblem) as raised:
+                await limiter.hit(key, limit, key)
+            wait = int((raised.value.headers or {})["Retry-After"])
+            assert 1 <= wait <= 3
+            await asyncio.sleep(wait)
+            await limiter.hit(key, limit, key)
+
+    run_and_collect(story())
+
+
+def test_while_redis_is_frozen_one_request_asks_and_the_rest_count_here(redis: Redis) -> None:
+    async def story() -> None:
+        limiter, limit, process = RateLimiter(redis[0]), Limit(1000, 600), redis[1]
+        await limiter.hit("test", limit, "u")
+        process.send_signal(signal.SIGSTOP)
+        times = []
+        for _ in range(10):  # the third second is within the pause, the sixth after it
+            calls = [asyncio.create_task(timed(limiter.hit("test", limit, "u"))) for _ in range(20)]
+            times += [await call for call in calls]
+            await asyncio.sleep(0.6)
+        assert sum(each > 0.05 for each in times) <= 22  # one round, and one that tries again
+        assert max(times) < 0.5
+        process.send_signal(signal.SIGCONT)
+        await asyncio.sleep(6)
+        here = dict(limiter.windows["test"][1])
+        for _ in range(5):
+            await limiter.hit("test", limit, "u")
+        assert limiter.windows["test"][1] == here  # Redis counts again
+
+    run_and_collect(story())
+
+
+def run_and_collect(story: Coroutine[Any, Any, None]) -> None:
+    """A service never closes its connections to Redis, so Python warns of those of a test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        asyncio.run(story)
+        gc.collect()
+
+
+async def timed(call: Coroutine[Any, Any, None]) -> float:
+    started = time.monotonic()
+    await call
+    return time.monotonic() - started
 
 
 def test_full_counters_refuse_no_stranger_and_forget_nobody(
@@ -280,6 +332,14 @@ def test_a_network_that_fills_the_counters_is_refused_and_others_are_not(
     assert answers == ["ok"] * 200 + ["429"] * 100  # 100 exact ones, and 100 of the /48
     assert attempt("a@example.com", "2001:db8:2::1") == "ok"
     assert attempt("b@example.com", "192.0.2.1") == "ok"
+
+
+def test_limits_is_imported_where_redis_counts_and_nowhere_else() -> None:
+    command = [sys.executable, "-c", "import auth, sys; print('limits' in sys.modules)"]
+    for uri, is_imported in (("", "False"), ("redis://127.0.0.1:1", "True")):
+        environ = outside(JWT_SECRET=SECRET, RATE_LIMIT_STORAGE_URI=uri)
+        run = subprocess.run(command, cwd=HERE, env=environ, capture_output=True, text=True)
+        assert run.stdout.strip() == is_imported
 
 
 # An issuer's keys.
