@@ -157,15 +157,15 @@ SET {", ".join(f"{n} = CASE WHEN %(sets_{n})s THEN %({n})s ELSE {n} END" for n i
     version = version + 1,
     updated_at = greatest(now(), updated_at)
 WHERE user_id = %(user_id)s AND id = %(task_id)s
-    AND (%(versions)s::bigint[] IS NULL OR version = ANY (%(versions)s))
+    AND (%(versions)s::int8multirange IS NULL OR version <@ %(versions)s::int8multirange)
 RETURNING {COLUMNS}, version
 """)
 
 
 async def update_task(
-    user_id: str, task_id: UUID, changes: dict[str, Value], versions: list[int] | None
+    user_id: str, task_id: UUID, changes: dict[str, Value], versions: str | None
 ) -> TaskJSON | None:
-    """Changes a task if its version is one of `versions` (of If-Match; None: any version)."""
+    """Changes a task if its version is in `versions`, an int8multirange, or None for any."""
     if not changes and versions is None:  # a read will do
         return await select_task(user_id, task_id)
     values: dict[str, Value] = {"user_id": user_id, "task_id": task_id, "versions": versions}
@@ -181,15 +181,15 @@ SET completed = coalesce(%(completed)s, NOT completed),
     version = version + 1,
     updated_at = greatest(now(), updated_at)
 WHERE user_id = %(user_id)s AND id = %(task_id)s
-    AND (%(versions)s::bigint[] IS NULL OR version = ANY (%(versions)s))
+    AND (%(versions)s::int8multirange IS NULL OR version <@ %(versions)s::int8multirange)
 RETURNING {COLUMNS}, version
 """)
 
 
 async def toggle_task(
-    user_id: str, task_id: UUID, completed: bool | None, versions: list[int] | None
+    user_id: str, task_id: UUID, completed: bool | None, versions: str | None
 ) -> TaskJSON | None:
-    """Sets `completed`, or flips it for None, if the version is one of `versions`."""
+    """Sets `completed`, or flips it for None, if the version is in `versions`."""
     values: dict[str, Value] = {"user_id": user_id, "task_id": task_id}
     values |= {"completed": completed, "versions": versions}
     return to_task(await fetch(TOGGLE_TASK, **values))
@@ -198,13 +198,13 @@ async def toggle_task(
 DELETE_TASK = Statement("DELETE_TASK", """
 DELETE FROM todo.tasks
 WHERE user_id = %(user_id)s AND id = %(task_id)s
-    AND (%(versions)s::bigint[] IS NULL OR version = ANY (%(versions)s))
+    AND (%(versions)s::int8multirange IS NULL OR version <@ %(versions)s::int8multirange)
 RETURNING id
 """)
 
 
-async def delete_task(user_id: str, task_id: UUID, versions: list[int] | None) -> bool:
-    """Deletes a task if its version is one of `versions`. False when there was none."""
+async def delete_task(user_id: str, task_id: UUID, versions: str | None) -> bool:
+    """Deletes a task if its version is in `versions`. False when there was none."""
     return bool(await fetch(DELETE_TASK, user_id=user_id, task_id=task_id, versions=versions))
 
 

@@ -1084,6 +1084,19 @@ def test_if_match_lets_only_that_version_change(api: Client, task: Task, call: C
     assert send(api, call, task["id"], **{"If-Match": f'"7", {current}'}).is_success
 
 
+@parametrize("call", CALLS[1:])
+def test_if_none_match_lets_any_other_version_change(api: Client, task: Task, call: Call) -> None:
+    current = api.get("/tasks/" + task["id"]).headers["etag"]
+    for same in (current, "W/" + current, f'"x", {current}', "*"):
+        response = send(api, call, task["id"], **{"If-None-Match": same})
+        refusal(response, 412, "precondition_failed")
+    both = {"If-Match": current, "If-None-Match": current}
+    refusal(send(api, call, task["id"], **both), 412, "precondition_failed")
+    assert api.get("/tasks/" + task["id"]).json() == task
+    others = f'"x", {current.replace("1-", "7-", 1)}, {current.replace("1-", "3-", 1)}'
+    assert send(api, call, task["id"], **{"If-None-Match": others}).is_success
+
+
 @parametrize(("method", "name"), [("GET", "If-None-Match"), ("PUT", "If-Match")])
 def test_a_longer_condition_is_422(api: Client, task: Task, method: str, name: str) -> None:
     path, headers = "/tasks/" + task["id"], {name: '"1"' + " " * 4096 + "x"}

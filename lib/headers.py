@@ -1,7 +1,9 @@
 """What routes take from headers, and a Link: conditional requests, Idempotency-Key, next pages."""
 
 import re
+from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, NamedTuple
 from urllib.parse import urlencode
 
@@ -25,17 +27,21 @@ class Conditions(NamedTuple):
     match: list[str] | None
     none_match: list[str] | None
 
-    def versions(self, shape: str) -> list[int] | None:
-        """Of the tags "version-shape", the versions that may be written; None for any.
+    def versions(self, shape: str) -> str | None:
+        """The versions that may be written, of tags "version-shape". None for any.
 
-        A weak tag is none.
+        They are a list of intervals, as in PostgreSQL's int8multirange. If-Match compares strongly,
+        so that a weak tag is no version; If-None-Match weakly.
         """
         if self.none_match == ["*"]:
-            return []
-        if self.match is None or self.match == ["*"]:
-            return None
-        found = [re.fullmatch(rf'"([1-9]\d{{0,17}})-{shape}"', tag) for tag in self.match]
-        return [int(each[1]) for each in found if each]
+            return "{}"
+        refused = numbers((tag.removeprefix("W/") for tag in self.none_match or ()), shape)
+        if self.match is not None and self.match != ["*"]:
+            wanted = numbers(self.match, shape) - refused
+            return "{" + ",".join(f"[{version},{version}]" for version in wanted) + "}"
+        bounds = ["", *sorted(refused), ""]
+        gaps = ",".join(f"({low},{high})" for low, high in pairwise(bounds))
+        return "{" + gaps + "}" if refused else None
 
     def respond(self, json: bytes, etag: str, headers: dict[str, str]) -> Response:
         """200, or 304 where the client has it already. Raises HTTPProblem(412)."""
@@ -46,6 +52,12 @@ class Conditions(NamedTuple):
         if known == ["*"] or etag in known:
             return Response(None, 304, headers)
         return Response(json, 200, headers, "application/json")
+
+
+def numbers(tags: Iterable[str], shape: str) -> set[int]:
+    """The versions in entity tags like "version-shape"."""
+    found = (re.fullmatch(rf'"([1-9]\d{{0,17}})-{shape}"', tag) for tag in tags)
+    return {int(each[1]) for each in found if each}
 
 
 def parse_tags(lines: list[str]) -> list[str] | None:
