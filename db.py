@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
 
-from lib.postgres import connection_string, prepare_database
+from lib.database_url import connection_string
+from lib.prepare import prepare_database
 from lib.settings import BaseSettings
 from lib.telemetry import span_of
 from pgpipeline import ConnectionPool, ForeignKeyViolation, PipelinePool, Result, Statement, Value
@@ -296,10 +297,16 @@ async def ping() -> None:
 # Prepared at start, so that a mistake in one shows then.
 STATEMENTS = [each for each in list(globals().values()) if isinstance(each, Statement)]
 
+
+def conninfo() -> str:
+    """How to connect. Raises SystemExit with one line about a DATABASE_URL that is wrong."""
+    return connection_string(settings.database_url, schema="todo")
+
+
 # 8 connections at most. A read is bound by our CPU, so few connections with many reads under way
 # on each do. Commits on one connection wait for the disk in turn, so writes get more connections.
 # A write may wait for a lock, and must not hold up the reads behind it, so each kind has a pool.
-connections = ConnectionPool(lambda: connection_string(settings.database_url), max_size=8)
+connections = ConnectionPool(conninfo, max_size=8)
 reads = PipelinePool(connections, size=3, depth=16, span=span_of)
 writes = PipelinePool(connections, size=5, depth=5, span=span_of)
 
@@ -307,8 +314,7 @@ writes = PipelinePool(connections, size=5, depth=5, span=span_of)
 async def start() -> None:
     """Waits for the database, applies schema.sql if it is not what was applied last, connects."""
     schema = Path(__file__).with_name("schema.sql")
-    conninfo = connection_string(settings.database_url)
-    await prepare_database(conninfo, schema, "todo.tasks", STATEMENTS)
+    await prepare_database(conninfo(), schema, "todo.tasks", STATEMENTS)
     await connections.open()
 
 

@@ -53,7 +53,6 @@ from lib import (
     logs,
     middleware,
     openapi,
-    postgres,
     problems,
     startup,
     telemetry,
@@ -548,4 +547,4 @@ if __name__ == "__main__":
 else:  # a server imports us
     logs.configure()
     auth.check_settings()
-    postgres.connection_string(db.settings.database_url)  # stops the start if wrong
+    db.conninfo()  # stops the start if wrong

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from lib.postgres import NotReady
+from lib.prepare import NotReady
 
 log = logging.getLogger("startup")
 

@@ -4,9 +4,11 @@ Nothing here goes through the service, whose own checks come first.
 """
 
 import asyncio
+import tempfile
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,8 +18,7 @@ from psycopg.conninfo import make_conninfo
 
 import auth
 from conftest import HERE
-from lib.postgres import NotReady, apply_schema, prepare_database
-from pgpipeline import Statement
+from lib.prepare import prepare_database
 
 parametrize = pytest.mark.parametrize
 SCHEMA = (HERE / "schema.sql").read_bytes()
@@ -134,7 +135,10 @@ def test_e_mails_of_an_earlier_release_get_their_one_spelling_in_any_locale(post
 
 
 def applied(url: str, schema: bytes = SCHEMA) -> None:
-    asyncio.run(apply_schema(url, schema, "todo.tasks"))
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(schema)
+        file.flush()
+        asyncio.run(prepare_database(url, Path(file.name), "todo.tasks", []))
 
 
 def test_of_many_that_start_together_one_applies_it_and_none_fails(
@@ -191,22 +195,3 @@ def test_tables_of_an_earlier_release_move_and_get_the_shape_of_fresh_ones(empty
     applied(empty)
     assert moved == shape(empty)
     assert len(moved) > 20
-
-
-def test_a_schema_that_waits_for_a_lock_gives_others_their_turn(empty: str) -> None:
-    applied(empty)
-    with psycopg.connect(empty) as other:
-        other.execute("SELECT 1 FROM todo.tasks, todo.users")
-        change = SCHEMA + b"ALTER TABLE todo.tasks ADD due_date date;"
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(applied, empty, change)
-            wait([waiting], timeout=4)
-            other.rollback()
-            error = waiting.exception()
-    assert isinstance(error, psycopg.errors.LockNotAvailable)
-
-
-def test_a_statement_that_does_not_fit_the_schema_stops_the_start_in_one_line(empty: str) -> None:
-    wrong = Statement("WRONG", "SELECT nothing FROM todo.tasks")
-    with pytest.raises(NotReady, match="WRONG: column"):
-        asyncio.run(prepare_database(empty, HERE / "schema.sql", "todo.tasks", [wrong]))

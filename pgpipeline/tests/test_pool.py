@@ -591,8 +591,8 @@ def test_a_busy_pipeline_gives_its_connection_back_in_time(
 
 
 @contextmanager
-def pgbouncer(database: str, folder: Path, tracks: int) -> Iterator[str]:
-    """A PgBouncer that shares three connections to the database by transaction.
+def pgbouncer(database: str, folder: Path, tracks: int, size: int = 3) -> Iterator[str]:
+    """A PgBouncer that shares `size` connections to the database by transaction.
 
     It tracks so many prepared statements of each connection.
     """
@@ -604,7 +604,7 @@ def pgbouncer(database: str, folder: Path, tracks: int) -> Iterator[str]:
         f"[databases]\ntodo_test = {address}\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
         f"auth_type = trust\nauth_file = {folder}/users\n"
-        "pool_mode = transaction\ndefault_pool_size = 3\n"
+        f"pool_mode = transaction\ndefault_pool_size = {size}\n"
         + (f"max_prepared_statements = {tracks}\n" if PGBOUNCER >= (1, 21) else "")
     )
     command = ["pgbouncer", str(folder / "ini")]

@@ -1,0 +1,416 @@
+"""Databases as people have them: shared, restricted, read-only, behind poolers, oddly set."""
+
+import asyncio
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+import db
+from conftest import HERE, client, execute, serving
+from lib import prepare
+from lib.database_url import connection_string
+from lib.prepare import NotReady, prepare_database
+from pgpipeline import Statement
+from pgpipeline.tests.test_pool import needs_pgbouncer, pgbouncer
+
+parametrize = pytest.mark.parametrize
+SCHEMA = HERE / "schema.sql"
+ROLE = "todo_dml_test"
+DML = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA todo"
+
+
+def prepared(url: str, *statements: Statement) -> None:
+    """Does what a start does, with the service's statements if there are no others."""
+    given = list(statements) or db.STATEMENTS
+    asyncio.run(prepare_database(connection_string(url, "todo"), SCHEMA, "todo.tasks", given))
+
+
+def refusal(url: str, *statements: Statement) -> str:
+    """The line with which a start on this database ends."""
+    with pytest.raises(NotReady) as raised:
+        prepared(url, *statements)
+    [line] = str(raised.value).splitlines()
+    return line
+
+
+def query(url: str, text: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(url) as connection:
+        return connection.execute(text.encode()).fetchall()
+
+
+@contextmanager
+def role(url: str, *grants: str) -> Iterator[str]:
+    """The string by which a role connects that has the grants ("… TO" is added), and no others."""
+    execute(url, f"DROP ROLE IF EXISTS {ROLE}", f"CREATE ROLE {ROLE} LOGIN PASSWORD 'x'")
+    try:
+        execute(url, *(f"{grant} {ROLE}" for grant in grants))
+        yield make_conninfo(url, user=ROLE, password="x")
+    finally:
+        execute(url, f"DROP OWNED BY {ROLE}", f"DROP ROLE {ROLE}")
+
+
+# Tables of others.
+
+FOREIGN = [
+    "CREATE TABLE public.users (id text PRIMARY KEY, email text, password_hash text, "
+    "created_at timestamptz DEFAULT now())",
+    "CREATE UNIQUE INDEX users_email_key ON public.users (email)",
+    "INSERT INTO public.users VALUES ('u', 'Ann@Example.com', 'x')",
+    "CREATE TABLE public.tasks (id serial, title text, user_id text REFERENCES public.users, "
+    "idempotency_digest text)",
+]
+
+
+def in_public(url: str) -> list[list[tuple[Any, ...]]]:
+    """The relations, functions and users there."""
+    parts = [
+        "SELECT oid, relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1",
+        "SELECT oid, proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace ORDER BY 1",
+        "SELECT * FROM public.users",
+    ]
+    return [query(url, part) for part in parts]
+
+
+@parametrize("search_path", ["public", "public, pg_catalog", "todo, public"])
+def test_tables_of_another_application_stay_as_they_are(
+    empty: str, tmp_path: Path, search_path: str
+) -> None:
+    constraint = "ALTER TABLE public.tasks RENAME CONSTRAINT tasks_user_id_fkey TO other"
+    execute(empty, *FOREIGN, constraint)
+    execute(empty, f"ALTER DATABASE todo_many_test SET search_path = {search_path}")
+    before = in_public(empty)
+    with serving(empty, tmp_path / "log") as server, client(server, "u") as api:
+        task = api.post("/tasks", json={"title": "x"}).raise_for_status().json()
+        assert api.get("/tasks").json() == [task]
+        assert api.get("/auth/me").json()["email"] is None
+    assert in_public(empty) == before
+
+
+def test_a_foreign_key_to_other_users_makes_no_tables_ours(empty: str) -> None:
+    elsewhere = [each.replace("public.users", "auth.users") for each in FOREIGN]
+    execute(empty, "CREATE SCHEMA auth", *elsewhere)
+    execute(empty, FOREIGN[0])
+    before = in_public(empty)
+    prepared(empty)
+    assert in_public(empty) == before
+
+
+def test_defaults_that_open_public_to_everybody_do_not_open_the_service(empty: str) -> None:
+    everything = "GRANT ALL ON TABLES TO"
+    grants = [f"ALTER DEFAULT PRIVILEGES IN SCHEMA public {everything}"]
+    grants += [f"ALTER DEFAULT PRIVILEGES {everything}", "GRANT USAGE ON SCHEMA public TO"]
+    with role(empty, *grants) as anon:
+        prepared(empty)
+        for table in ("todo.users", "todo.tasks"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege, match="schema todo"):
+                query(anon, f"SELECT * FROM {table}")
+    granted = "SELECT FROM pg_namespace, aclexplode(nspacl) WHERE nspname = 'todo' AND grantee = 0"
+    assert query(empty, granted) == []
+
+
+# Roles, and databases that are read-only.
+
+
+@pytest.fixture
+def by_hand(empty: str) -> str:
+    """The string of a database whose schema was applied by hand."""
+    execute(empty, SCHEMA.read_text())
+    return empty
+
+
+USAGE = "GRANT USAGE ON SCHEMA todo TO"
+POLICY = "CREATE POLICY all_{0} ON todo.{0} TO public USING (true) --"
+RLS = [f"ALTER TABLE todo.{table} ENABLE ROW LEVEL SECURITY --" for table in ("users", "tasks")]
+
+
+def test_a_role_that_may_only_change_rows_starts_on_a_schema_applied_by_hand(
+    by_hand: str, tmp_path: Path
+) -> None:
+    with (
+        role(
+            by_hand, USAGE, f"GRANT {DML} TO", *RLS, *map(POLICY.format, ("users", "tasks"))
+        ) as url,
+        serving(url, tmp_path / "log") as server,
+        client(server) as api,
+    ):
+        task = api.post("/tasks", json={"title": "x"}).raise_for_status().json()
+        assert api.get("/tasks").json() == [task]
+        [message] = [line["message"] for line in server.log() if line["level"] == "WARNING"]
+        assert message == "the schema was not applied: permission denied for schema todo"
+
+
+@parametrize(
+    ("grants", "named"),
+    [
+        ([], ["USAGE on schema todo", "DELETE on todo.tasks", "INSERT on todo.users"]),
+        ([f"GRANT {DML} TO"], ["lacks USAGE on schema todo:"]),
+        ([USAGE, "GRANT SELECT ON ALL TABLES IN SCHEMA todo TO"], ["UPDATE on todo.tasks"]),
+        ([USAGE, f"GRANT {DML} TO", "REVOKE UPDATE ON todo.tasks FROM"], ["UPDATE on todo.tasks:"]),
+        ([USAGE, f"GRANT {DML} TO", *RLS], ["INSERT on todo.tasks by a policy"]),
+        (
+            [USAGE, f"GRANT {DML} TO", "REVOKE EXECUTE ON FUNCTION todo.uuidv7() FROM public,"],
+            ["lacks EXECUTE on function uuidv7:"],
+        ),
+    ],
+)
+def test_a_privilege_that_is_missing_stops_the_start_in_a_line_that_names_it(
+    by_hand: str, grants: list[str], named: list[str]
+) -> None:
+    with role(by_hand, *grants) as url:
+        line = refusal(url)
+    assert [each for each in named if each not in line] == []
+
+
+def test_a_read_only_database_serves_reads(empty: str, tmp_path: Path) -> None:
+    with serving(empty, tmp_path / "before") as server, client(server, "u") as api:
+        task = api.post("/tasks", json={"title": "x"}).raise_for_status().json()
+    execute(empty, "COMMENT ON TABLE todo.tasks IS 'of an older schema.sql'")
+    execute(empty, "ALTER DATABASE todo_many_test SET default_transaction_read_only = on")
+    with (
+        role(make_conninfo(empty, options="-c default_transaction_read_only=off"), USAGE,
+             "GRANT SELECT ON ALL TABLES IN SCHEMA todo TO") as url,
+        serving(make_conninfo(url, options=""), tmp_path / "log") as server,
+        client(server, "u") as api,
+    ):  # fmt: skip
+        assert api.get("/tasks").json() == [task]
+        assert api.post("/tasks", json={"title": "y"}).status_code == 503
+
+
+# What a start leaves behind.
+
+
+@parametrize(
+    "statement",
+    [
+        Statement("WRONG", "SELECT nothing FROM todo.tasks"),
+        Statement("UNQUALIFIED", "SELECT id FROM tasks"),
+    ],
+)
+def test_a_start_that_fails_leaves_the_database_as_it_was(empty: str, statement: Statement) -> None:
+    execute(empty, (HERE / "tests/schema_1_0.sql").read_text(), "SET search_path = todo")
+    before = in_public(empty)
+    assert f"release: {statement.name}: " in refusal(empty, statement)
+    assert in_public(empty) == before
+    assert query(empty, "SELECT to_regnamespace('todo')") == [(None,)]
+
+
+# Settings of a database.
+
+
+@parametrize(
+    ("encoding", "line"), [("SQL_ASCII", "encoding SQL_ASCII"), ("LATIN1", "encoding LATIN1")]
+)
+def test_a_database_that_is_not_utf8_stops_the_start_with_a_line(
+    empty: str, encoding: str, line: str
+) -> None:
+    create = f"CREATE DATABASE todo_many_test ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'"
+    execute(make_conninfo(empty, dbname="todo_test"), "DROP DATABASE todo_many_test", create)
+    assert line in refusal(empty)
+    assert "UTF8" in refusal(empty)
+
+
+HOSTILE = {
+    "standard_conforming_strings": "off", "timezone": "'Asia/Kolkata'", "datestyle": "'German'",
+    "intervalstyle": "'sql_standard'", "bytea_output": "'escape'", "extra_float_digits": "0",
+    "default_transaction_isolation": "'serializable'", "search_path": "evil, pg_catalog",
+    "check_function_bodies": "off", "quote_all_identifiers": "on", "xmlbinary": "hex",
+}  # fmt: skip
+EVIL = "CREATE FUNCTION evil.{}(text) RETURNS {} LANGUAGE sql RETURN {}"
+
+
+def test_no_setting_of_the_database_changes_what_is_stored_or_answered(
+    empty: str, tmp_path: Path
+) -> None:
+    evil = [("length", "integer", "0"), ("lower", "text", "'x'")]
+    execute(empty, "CREATE SCHEMA evil", *(EVIL.format(*each) for each in evil))
+    for name, value in HOSTILE.items():
+        execute(empty, f"ALTER DATABASE todo_many_test SET {name} = {value}")
+    with serving(empty, tmp_path / "log") as server, client(server) as api:
+        task = api.post("/tasks", json={"title": r"a\n'b"}).raise_for_status().json()
+        assert (task["title"], task["created_at"][-6:]) == (r"a\n'b", "+00:00")
+        assert api.get("/tasks").json() == [api.get(f"/tasks/{task['id']}").json()] == [task]
+    with pytest.raises(psycopg.errors.CheckViolation):
+        execute(empty, "INSERT INTO todo.tasks (user_id, title) VALUES ('u', '  ')")
+
+
+# DATABASE_URL.
+
+WORKS = "postgresql://u:p%40@h:1/d"
+
+
+@parametrize(
+    "given",
+    [
+        f" {WORKS}\r\n", f"psql '{WORKS}'", f'psql "{WORKS}"', f"DATABASE_URL={WORKS}",
+        f"export DATABASE_URL='{WORKS}';", WORKS.replace("/d", "\n  /d"), f"\ufeff{WORKS}",
+        WORKS.replace("postgresql", "postgres"), WORKS.replace("postgresql", "postgresql+asyncpg"),
+        WORKS.replace("postgresql", "postgresql+psycopg"), "jdbc:postgresql://h:1/d?user=u&password=p%40",
+        f"{WORKS}?schema=public&pgbouncer=true&connection_limit=1&pool_timeout=0&socket_timeout=9",
+        f"{WORKS}?prepared_statement_cache_size=0&command_timeout=5", f"{WORKS}?conn_max_age=600",
+        f"{WORKS}?uselibpqcompat=true&max=20&idleTimeoutMillis=1&statement_timeout=1", f"{WORKS}?",
+        f"{WORKS}?supa=base-pooler.x&pool_size=5&max_overflow=2", f"{WORKS}?client_encoding=latin1",
+        "host=h port=1 dbname=d user=u password='p@'",
+    ],
+)  # fmt: skip
+def test_a_database_url_is_taken_as_people_have_it(given: str) -> None:
+    found = conninfo_to_dict(connection_string(given, "todo"))
+    wanted = {"host": "h", "port": "1", "dbname": "d", "user": "u", "password": "p@"}
+    assert {name: found.get(name) for name in wanted} == wanted
+    assert found["client_encoding"] == "utf8"
+
+
+@parametrize(
+    ("given", "named"),
+    [
+        ("postgresql://u:hun@ter2@h/d", "%40"), ("postgresql://u:hun/ter2@h/d", "%2F"),
+        ("postgresql://u:100%hunter2@h/d", "%25"), ("postgresql://u:hun ter2@h/d", "form"),
+        ("u:hunter2@h/d", "form"), ("hunter2", "form"), ("mysql://u:hunter2@h/d", "PostgreSQL"),
+        ("https://hunter2.supabase.co", "PostgreSQL"),
+        ("postgresql://u:[hunter2]@h/d", "placeholder"),
+        ("postgresql://u:****@h/d", "placeholder"), ("postgresql://u:p@h:hunter2/d", "port"),
+        (f"{WORKS}?schema=other", "schema other"), (f"{WORKS}?search_path=other", "schema other"),
+        (f"{WORKS}?options=-c%20search_path%3Dother", "schema other"),
+        (f"{WORKS}?sslmod=x", "sslmod"),
+        ("  ", "not set"), ("''", "not set"),
+    ],
+)  # fmt: skip
+def test_a_database_url_that_cannot_be_heeded_stops_the_start(given: str, named: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        connection_string(given, "todo")
+    [line] = str(raised.value).splitlines()
+    assert named in line
+    assert "ter2" not in line
+
+
+# What waiting does not cure.
+
+
+def fake_server(sqlstate: str, message: str, tls: bytes = b"N") -> str:
+    """Refuses each connection with an error as PostgreSQL writes it. Gives its address.
+
+    `tls` is its answer to a request for TLS: N refuses it, S agrees.
+    """
+    fields = {
+        "S": "ВАЖНО",
+        "V": "FATAL",
+        "C": sqlstate,
+        "M": message,
+        "D": "the detail",
+        "H": "hint",
+    }
+    error = b"".join((name + text).encode() + b"\0" for name, text in fields.items()) + b"\0"
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def refuse() -> None:
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                while (size := connection.recv(4)) == struct.pack("!i", 8):
+                    connection.recv(4)
+                    connection.sendall(tls)
+                if size:
+                    connection.recv(struct.unpack("!i", size)[0] - 4)
+                    connection.sendall(b"E" + struct.pack("!i", len(error) + 4) + error)
+
+    threading.Thread(target=refuse, daemon=True).start()
+    return f"postgresql://u:hunter2@127.0.0.1:{listener.getsockname()[1]}/d"
+
+
+@parametrize("sqlstate", ["28P01", "28000", "3D000", "42501", "55000"])
+def test_an_error_that_waiting_does_not_cure_ends_the_start_in_any_language(sqlstate: str) -> None:
+    begun = monotonic()
+    line = refusal(fake_server(sqlstate, "доступ запрещён"))
+    assert line.startswith("DATABASE_URL does not work: ")
+    assert line.endswith("ВАЖНО:  доступ запрещён")
+    assert monotonic() - begun < 10
+
+
+def test_an_error_that_waiting_cures_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "STARTUP_TIMEOUT", 4.0)
+    line = refusal(fake_server("57P03", "система баз данных запускается"))
+    assert line.startswith("no database after 4 seconds: DATABASE_URL does not work: ")
+
+
+def test_the_line_of_a_database_is_its_error_and_not_a_detail(empty: str) -> None:
+    execute(empty, "REVOKE CONNECT ON DATABASE todo_many_test FROM public")
+    with role(empty) as url:
+        assert refusal(url).endswith('permission denied for database "todo_many_test"')
+
+
+@parametrize(
+    ("tls", "parameters", "words"),
+    [
+        (b"S", "sslmode=verify-full&sslrootcert=/nowhere", 'file "/nowhere" does not exist'),
+        (b"N", "sslmode=require", "server does not support SSL"),
+        (b"N", "sslmode=wrong", "invalid sslmode value"),
+    ],
+)
+def test_tls_that_cannot_work_ends_the_start_at_once(
+    tls: bytes, parameters: str, words: str
+) -> None:
+    begun = monotonic()
+    assert words in refusal(f"{fake_server('57P03', 'x', tls)}?{parameters}")
+    assert monotonic() - begun < 10
+
+
+# The start has one bound.
+
+
+def test_a_role_with_one_connection_can_start(by_hand: str, tmp_path: Path) -> None:
+    limit = f"ALTER ROLE {ROLE} CONNECTION LIMIT 1 --"
+    with (
+        role(by_hand, USAGE, f"GRANT {DML} TO", limit) as url,
+        serving(url, tmp_path / "log") as server,
+        client(server) as api,
+    ):
+        assert api.post("/tasks", json={"title": "x"}).status_code == 201
+        assert len(api.get("/tasks").json()) == 1
+
+
+@needs_pgbouncer
+def test_a_pooler_with_one_server_connection_can_start(database: str, tmp_path: Path) -> None:
+    with (
+        pgbouncer(database, tmp_path, tracks=0, size=1) as url,
+        serving(url, tmp_path / "log") as server,
+        client(server) as api,
+    ):
+        assert api.post("/tasks", json={"title": "x"}).status_code == 201
+
+
+@needs_pgbouncer
+def test_a_pooler_without_a_free_connection_is_named_and_not_waited_for_longer(
+    database: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(prepare, "STARTUP_TIMEOUT", 5.0)
+    with pgbouncer(database, tmp_path, tracks=0, size=1) as url, psycopg.connect(url) as other:
+        other.execute("SELECT 1")
+        begun = monotonic()
+        assert "a pooler may have no server connection free" in refusal(url)
+        assert monotonic() - begun < 20
+    assert [record.levelno for record in caplog.records if record.name == "postgres"] == [
+        logging.WARNING
+    ]
+
+
+def test_a_start_on_a_lock_says_what_it_waits_for_and_goes_on(by_hand: str, tmp_path: Path) -> None:
+    lock = threading.Timer(6, lambda: other.rollback())
+    with psycopg.connect(by_hand) as other:
+        other.execute("LOCK TABLE todo.tasks")
+        lock.start()
+        with serving(by_hand, tmp_path / "log") as server:
+            messages = [line["message"] for line in server.log()]
+    assert any("waits for a lock" in message for message in messages)
+    assert "schema applied" in messages
