@@ -6,7 +6,6 @@ TEST_POSTGRES=16 python -m pytest                 the same on the PostgreSQL 16 
 TEST_DATABASE_URL=… python -m pytest              the same on any other, see conftest.py
 """
 
-import ast
 import hashlib
 import json
 import os
@@ -18,7 +17,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,6 @@ from conftest import (
     HERE,
     NOBODYS_ID,
     SECRET,
-    SETTINGS,
     Account,
     Issuer,
     Server,
@@ -53,7 +50,6 @@ from conftest import (
     post,
     raw,
     refusal,
-    service_files,
     serving,
     start,
     status,
@@ -1458,114 +1454,3 @@ def test_python_main_py_keeps_its_database_however_it_is_stopped(tmp_path: Path)
         assert "access-control-allow-origin" in response.headers
         assert "/docs" in (tmp_path / "log").read_text()
         assert not (tmp_path / ".data/postgres/postmaster.pid").exists()
-
-
-# Documents.
-
-FRONT = ["schema.sql", "db.py", "auth.py", "main.py"]
-LIBRARY = [str(path) for path in service_files() if path.suffix == ".py" and str(path) not in FRONT]
-
-
-def text_of(*names: str) -> str:
-    return "".join((HERE / name).read_text() for name in names)
-
-
-def test_env_example_names_exactly_the_variables_that_the_code_reads() -> None:
-    parsed = [ast.parse(text_of(name)) for name in [*FRONT[1:], *LIBRARY]]
-    classes = [each for file in parsed for each in file.body if isinstance(each, ast.ClassDef)]
-    fields = [field for each in classes if each.name == "Settings" for field in each.body]
-    declared = {ast.unparse(each.target) for each in fields if isinstance(each, ast.AnnAssign)}
-    assert {name.upper() for name in declared} | {"PORT"} == set(SETTINGS)
-
-
-def test_the_route_tables_are_the_apps(public: Client) -> None:
-    roots = {route.replace("/api/{user_id}", "") for route in documented_routes(public)}
-    in_main = re.findall(r"^    ([A-Z]+) +(/\S*)", text_of("main.py"), re.M)
-    in_readme = re.findall(r"^\| `([A-Z]+) (/[^`?]*)", text_of("README.md"), re.M)
-    assert set(in_main) == set(in_readme) == {tuple(route.split()) for route in roots}
-
-
-def test_each_task_route_stands_under_both_roots(public: Client) -> None:
-    routes = documented_routes(public)
-    tasks = {route for route in routes if " /tasks" in route}
-    of_users = {route.replace("/api/{user_id}", "") for route in routes if " /api/" in route}
-    assert tasks == of_users
-
-
-# Style.
-
-ROUTE = r"@([\w.]+\.)?(get|post|put|patch|delete|route)\("
-SQL = r"\s*(SELECT|INSERT INTO|UPDATE|DELETE FROM|WITH)\s"
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def functions(name: str) -> Iterator[tuple[Function, int]]:
-    """Each function of the file, and the number of its lines without decorators."""
-    for node in ast.walk(ast.parse(text_of(name))):
-        if isinstance(node, Function):
-            yield node, (node.end_lineno or 0) - node.lineno + 1
-
-
-def statements(name: str) -> list[int]:
-    """The lines of the file on which an SQL statement begins."""
-    constants = [node for node in ast.walk(ast.parse(text_of(name))) if type(node) is ast.Constant]
-    return [node.lineno for node in constants if re.match(SQL, str(node.value))]
-
-
-def imports(name: str) -> set[str]:
-    """The modules that the file imports, each name with what is imported from it as well."""
-    found = set()
-    for node in ast.walk(ast.parse(text_of(name))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, ["lib" if node.level else "", node.module]))
-            found |= {module, *[f"{module}.{alias.name}" for alias in node.names]}
-    return found
-
-
-@parametrize("name", FRONT + LIBRARY)
-def test_no_line_is_over_100_characters(name: str) -> None:
-    lines = text_of(name).splitlines()
-    assert [n for n, line in enumerate(lines, 1) if len(line) > 100] == []
-
-
-@parametrize("name", [name for name in FRONT + LIBRARY if name.endswith(".py")])
-def test_no_function_is_over_30_lines(name: str) -> None:
-    assert [function.name for function, lines in functions(name) if lines > 30] == []
-
-
-def test_no_test_of_this_file_is_over_15_lines() -> None:
-    lines = {f.name: (f.end_lineno or 0) - f.body[0].lineno + 1 for f, _ in functions(__file__)}
-    assert [name for name, count in lines.items() if name[:5] == "test_" and count > 15] == []
-
-
-def test_the_first_statement_of_db_stands_by_line_60() -> None:
-    assert min(statements("db.py")) <= 60
-
-
-def test_the_first_route_of_main_stands_by_line_280() -> None:
-    lines = text_of("main.py").splitlines()
-    assert [line for line in lines[:280] if re.match(ROUTE, line)]
-
-
-def test_main_holds_no_sql() -> None:
-    assert statements("main.py") == []
-
-
-@parametrize("name", LIBRARY)
-def test_the_library_imports_nothing_of_the_front(name: str) -> None:
-    assert imports(name) & {"main", "auth", "db"} == set()
-
-
-def test_the_librarys_imports_close_no_circle() -> None:
-    modules = {name.removesuffix(".py").replace("/", "."): name for name in LIBRARY}
-    graph = {module: imports(name) & set(modules) for module, name in modules.items()}
-    TopologicalSorter(graph).prepare()  # raises CycleError
-
-
-def test_code_that_the_readme_shows_stands_in_the_code() -> None:
-    shown = re.findall(r"^```python\n(.*?)^```", text_of("README.md"), re.M | re.S)
-    assert shown
-    for block in shown:
-        assert any(block in text_of(name) for name in FRONT)

@@ -1,0 +1,167 @@
+"""The style, the sizes and the documents of this repository.
+
+None of it is a promise of the service: a fork may delete this file.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+
+import pytest
+from httpx import Client
+
+from conftest import HERE, SETTINGS, documented_routes, service_files
+
+parametrize = pytest.mark.parametrize
+
+
+# Documents.
+
+FRONT = ["schema.sql", "db.py", "auth.py", "main.py"]
+PYTHON = [str(path) for path in service_files() if path.suffix == ".py"]
+LIB = [name for name in PYTHON if name.startswith("lib/")]
+PGPIPELINE = [name for name in PYTHON if name.startswith("pgpipeline/")]
+LIBRARY = LIB + PGPIPELINE
+
+
+def text_of(*names: str) -> str:
+    return "".join((HERE / name).read_text() for name in names)
+
+
+def test_env_example_names_exactly_the_variables_that_the_code_reads() -> None:
+    parsed = [ast.parse(text_of(name)) for name in [*FRONT[1:], *LIBRARY]]
+    classes = [each for file in parsed for each in file.body if isinstance(each, ast.ClassDef)]
+    fields = [field for each in classes if each.name == "Settings" for field in each.body]
+    declared = {ast.unparse(each.target) for each in fields if isinstance(each, ast.AnnAssign)}
+    assert {name.upper() for name in declared} | {"PORT"} == set(SETTINGS)
+
+
+def test_the_route_tables_are_the_apps(public: Client) -> None:
+    roots = {route.replace("/api/{user_id}", "") for route in documented_routes(public)}
+    in_main = re.findall(r"^    ([A-Z]+) +(/\S*)", text_of("main.py"), re.M)
+    in_readme = re.findall(r"^\| `([A-Z]+) (/[^`?]*)", text_of("README.md"), re.M)
+    assert set(in_main) == set(in_readme) == {tuple(route.split()) for route in roots}
+
+
+def test_each_task_route_stands_under_both_roots(public: Client) -> None:
+    routes = documented_routes(public)
+    tasks = {route for route in routes if " /tasks" in route}
+    of_users = {route.replace("/api/{user_id}", "") for route in routes if " /api/" in route}
+    assert tasks == of_users
+
+
+# Style.
+
+ROUTE = r"@([\w.]+\.)?(get|post|put|patch|delete|route)\("
+SQL = r"\s*(SELECT|INSERT INTO|UPDATE|DELETE FROM|WITH)\s"
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(name: str) -> Iterator[tuple[Function, int]]:
+    """Each function of the file, and the number of its lines without decorators."""
+    for node in ast.walk(ast.parse(text_of(name))):
+        if isinstance(node, Function):
+            yield node, (node.end_lineno or 0) - node.lineno + 1
+
+
+def statements(name: str) -> list[int]:
+    """The lines of the file on which an SQL statement begins."""
+    constants = [node for node in ast.walk(ast.parse(text_of(name))) if type(node) is ast.Constant]
+    return [node.lineno for node in constants if re.match(SQL, str(node.value))]
+
+
+def imports(name: str) -> set[str]:
+    """The modules that the file imports, each name with what is imported from it as well."""
+    found, parts = set(), [ast.parse(text_of(name))]
+    while parts:
+        node = parts.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue  # nothing is imported when it runs
+        parts += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            found |= {module, *[f"{module}.{alias.name}" for alias in node.names]}
+    return found
+
+
+@parametrize("name", FRONT + LIBRARY)
+def test_no_line_is_over_100_characters(name: str) -> None:
+    lines = text_of(name).splitlines()
+    assert [n for n, line in enumerate(lines, 1) if len(line) > 100] == []
+
+
+@parametrize("name", [name for name in FRONT + LIBRARY if name.endswith(".py")])
+def test_no_function_is_over_30_lines(name: str) -> None:
+    assert [function.name for function, lines in functions(name) if lines > 30] == []
+
+
+def test_no_test_of_the_specification_is_over_15_lines() -> None:
+    found = functions("test_main.py")
+    lines = {f.name: (f.end_lineno or 0) - f.body[0].lineno + 1 for f, _ in found}
+    assert [name for name, count in lines.items() if name[:5] == "test_" and count > 15] == []
+
+
+def test_the_first_statement_of_db_stands_by_line_60() -> None:
+    assert min(statements("db.py")) <= 60
+
+
+def test_the_first_route_of_main_stands_by_line_280() -> None:
+    lines = text_of("main.py").splitlines()
+    assert [line for line in lines[:280] if re.match(ROUTE, line)]
+
+
+def test_main_holds_no_sql() -> None:
+    assert statements("main.py") == []
+
+
+# Sizes: the front is read in one sitting.
+
+
+@parametrize(
+    ("names", "lines", "size"),
+    [(FRONT, 1_060, 45_000), (LIB, 2_000, 90_000), (PGPIPELINE, 960, 40_000)],
+)
+def test_no_floor_of_the_house_outgrows_its_readers(
+    names: list[str], lines: int, size: int
+) -> None:
+    text = text_of(*names)
+    assert (len(text.splitlines()) <= lines, len(text.encode()) <= size) == (True, True)
+
+
+# Layers.
+
+
+@parametrize("name", LIBRARY)
+def test_the_library_imports_nothing_of_the_front(name: str) -> None:
+    assert imports(name) & {"main", "auth", "db"} == set()
+
+
+@parametrize("name", PGPIPELINE)
+def test_pgpipeline_imports_nothing_of_http(name: str) -> None:
+    assert {each.partition(".")[0] for each in imports(name)} & {
+        "lib",
+        "fastapi",
+        "starlette",
+    } == set()
+
+
+@parametrize("name", [*FRONT[1:], *LIBRARY])
+def test_no_private_name_of_another_package_is_imported(name: str) -> None:
+    parts = {part for each in imports(name) for part in each.split(".")}
+    assert [part for part in parts if part.startswith("_") and not part.startswith("__")] == []
+
+
+def test_the_librarys_imports_close_no_circle() -> None:
+    modules = {name.removesuffix(".py").replace("/", "."): name for name in LIBRARY}
+    graph = {module: imports(name) & set(modules) for module, name in modules.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_code_that_the_readme_shows_stands_in_the_code() -> None:
+    shown = re.findall(r"^```python\n(.*?)^```", text_of("README.md"), re.M | re.S)
+    assert shown
+    for block in shown:
+        assert any(block in text_of(name) for name in FRONT)
