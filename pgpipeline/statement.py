@@ -4,8 +4,12 @@ import hashlib
 import re
 from uuid import UUID
 
+from psycopg import DataError
+from psycopg.adapt import PyFormat, Transformer
+
 from pgpipeline.errors import InvalidValue
 
+adapt = Transformer()
 Value = str | bool | int | float | UUID | list[str] | list[int] | None
 
 
@@ -46,20 +50,13 @@ def encode(value: Value) -> bytes | None:
     """A value in PostgreSQL's text format. Raises InvalidValue for a text with a NUL."""
     if value is None:
         return None
-    text = encode_array(value) if isinstance(value, list) else str(value)
+    if isinstance(value, list):  # psycopg quotes the elements of an array
+        try:
+            return bytes(adapt.get_dumper(value, PyFormat.TEXT).dump(value) or b"")
+        except (DataError, UnicodeEncodeError):  # a NUL, or a lone surrogate
+            raise InvalidValue("22021") from None
     # A lone surrogate passes here, and PostgreSQL refuses it: its error names the encoding.
-    encoded = text.encode(errors="surrogatepass")
+    encoded = str(value).encode(errors="surrogatepass")
     if b"\0" in encoded:  # libpq would send the text up to here
         raise InvalidValue("22021")
     return encoded
-
-
-def encode_array(values: list[str] | list[int]) -> str:
-    """An array literal. Texts are quoted, so that a comma or NULL in one is only a text."""
-    quoted = [
-        '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        if isinstance(value, str)
-        else str(value)
-        for value in values
-    ]
-    return "{" + ",".join(quoted) + "}"

@@ -73,7 +73,7 @@ def statements(name: str) -> list[int]:
 
 def imports(name: str) -> set[str]:
     """The modules that the file imports, each name with what is imported from it as well."""
-    found, parts = set(), [ast.parse(text_of(name))]
+    found, parts = set(), list[ast.AST]([ast.parse(text_of(name))])
     while parts:
         node = parts.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
