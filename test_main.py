@@ -834,6 +834,17 @@ def test_a_refused_title_says_what_a_title_takes(api: Client, title: Any) -> Non
     refusal(response, 422, "unprocessable_content", detail)
 
 
+@parametrize(("method", "path", "names"), [
+    ("POST", "/auth/login", "email and password"), ("POST", "/auth/register", "email and password"),
+    ("PUT", "/auth/password", "current_password and new_password"),
+])  # fmt: skip
+def test_an_empty_body_is_told_what_has_to_be_sent(
+    api: Client, method: str, path: str, names: str
+) -> None:
+    detail = f"{names} have to be sent"
+    refusal(api.request(method, path, json={}), 422, "unprocessable_content", detail)
+
+
 def test_of_two_registrations_at_once_one_is_409(public: Client) -> None:
     account = {"email": new_email(), "password": PASSWORD}
     with ThreadPoolExecutor(2) as pool:
@@ -1297,9 +1308,6 @@ def test_nothing_secret_is_logged(server: Server, database: str, account: Accoun
         ({"JWT_SECRET": "hunter2"}, "JWT_SECRET"),
         ({"JWT_SECRET": "", "BETTER_AUTH_SECRET": "hunter2"}, "BETTER_AUTH_SECRET"),
         ({"JWT_JWKS_URL": "file:///etc/passwd"}, "JWT_JWKS_URL"),
-        ({"ACCOUNTS": "maybe"}, "ACCOUNTS"),
-        ({"JWT_JWKS_URL": "https://"}, "JWT_JWKS_URL"),
-        ({"JWT_USER_CLAIM": "exp"}, "JWT_USER_CLAIM"),
         ({"ACCOUNTS": "on", "JWT_SECRET": "", "BETTER_AUTH_SECRET": SECRET}, "ACCOUNTS"),
         ({"CORS_ORIGINS": "https://app.example/"}, "CORS_ORIGINS"),
         ({"CORS_ORIGINS": "app.example"}, "CORS_ORIGINS"),
@@ -1311,9 +1319,6 @@ def test_nothing_secret_is_logged(server: Server, database: str, account: Accoun
         ({"CORS_ORIGINS": "https://*.com"}, "CORS_ORIGINS"),
         ({"CORS_ORIGINS": "https://a.*.example.com"}, "CORS_ORIGINS"),
         ({"RATE_LIMIT": "a lot"}, "RATE_LIMIT"),
-        ({"RATE_LIMIT": "600"}, "RATE_LIMIT"),
-        ({"RATE_LIMIT": "0/minute"}, "RATE_LIMIT"),
-        ({"RATE_LIMIT_STORAGE_URI": "ftp://h"}, "RATE_LIMIT_STORAGE_URI"),
     ],
 )
 def test_one_line_names_a_wrong_setting(database: str, settings: Any, named: str) -> None:

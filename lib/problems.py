@@ -155,7 +155,9 @@ def to_problem(
     errors = [
         {"loc": each["loc"], "msg": sentence(each, known), "type": each["type"]} for each in wrong
     ]
-    return HTTPProblem(422, errors[0]["msg"], errors=errors)
+    missing = [str(each["loc"][-1]) for each in wrong if each["type"] == "missing"]
+    several = f"{' and '.join(missing)} have to be sent" if len(missing) > 1 else ""
+    return HTTPProblem(422, several or errors[0]["msg"], errors=errors)
 
 
 def sentence(error: Mapping[str, Any], known: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any
 
+import bcrypt
 import jwt
 import pytest
 from fastapi import Request
@@ -130,6 +131,18 @@ def test_an_accounts_token_lives_for_a_day() -> None:
     assert claims["exp"] - claims["iat"] == 86_400
 
 
+def test_an_accounts_token_has_what_is_asked_of_other_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = {"ISSUER": "https://issuer.example", "AUDIENCE": "todo", "USER_CLAIM": "user_id"}
+    for name, value in wanted.items():
+        monkeypatch.setattr(auth, name, value)
+    made = auth.issue_token("u")
+    claims = jwt.decode(made, SECRET, ["HS256"], options={"verify_aud": False})
+    assert (claims["iss"], claims["aud"]) == ("https://issuer.example", "todo")
+    assert claims["user_id"] == claims["sub"] == asyncio.run(auth.user_of(made)) == "u"
+
+
 @parametrize(("sub", "is_refused"), [(NOBODYS_ID, True), ("u", False)])
 def test_an_issuers_user_never_is_an_account(
     monkeypatch: pytest.MonkeyPatch, issuer: Issuer, sub: str, is_refused: bool
@@ -153,6 +166,50 @@ def test_accounts_take_a_secret_of_their_own(settings: dict[str, str], accounts:
     assert run.stdout.strip() == accounts
 
 
+WRONG_SETTINGS = {
+    "JWT_SECRET": ["x" * 31, "x" * 40, "change-me-change-me-change-me-change-me", "é" * 15],
+    "BETTER_AUTH_SECRET": ["your-super-secret-key-of-thirty-two-bytes"],
+    "JWT_JWKS_URL": [
+        "issuer.example/jwks", "https://", "file:///etc/passwd", "https://a b/jwks",
+        "https://issuer.example:0/jwks", "https://issuer.example:port/jwks", "https:///jwks",
+        "https://issuer.example/.well-known/openid-configuration",
+    ],
+    "JWT_ISSUER": ["https://", "https://a.example, https://b.example", "https://a.example b"],
+    "JWT_AUDIENCE": ["a,b", "http:", "a b"],
+    "JWT_USER_CLAIM": ["user id", "exp", "aud", 'a"b', "\u00e9"],
+    "ACCOUNTS": ["yes"],
+    "RATE_LIMIT": ["600", "0/minute", "600/fortnight", "-1/minute", "1e3/minute", "a lot"],
+    "RATE_LIMIT_STORAGE_URI": ["ftp://h", "redis://", "redis://h:port", "redis://h:0", "h:6379"],
+}  # fmt: skip
+
+
+@parametrize(
+    ("name", "value"), [(name, value) for name in WRONG_SETTINGS for value in WRONG_SETTINGS[name]]
+)
+def test_a_line_names_a_setting_that_can_never_work(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as raised:
+        auth.Settings.load()
+    line = str(raised.value)
+    assert line.startswith(name + " ") and "\n" not in line
+
+
+@parametrize(("name", "value"), [
+    ("JWT_SECRET", "tests, of thirty-two bytes or more"), ("RATE_LIMIT", "5 / hour"),
+    ("JWT_JWKS_URL", "http://[::1]:3000/api/auth/jwks?v=1"), ("RATE_LIMIT", "off"),
+    ("JWT_JWKS_URL", "https://user:secret@issuer.example"), ("JWT_ISSUER", "accounts.example"),
+    ("JWT_USER_CLAIM", "https://app.example/user_id"), ("JWT_AUDIENCE", "urn:todo"),
+    ("RATE_LIMIT_STORAGE_URI", "rediss://:p%40ss@h.example:6380/0?ssl_cert_reqs=none"),
+])  # fmt: skip
+def test_a_setting_that_can_work_is_taken(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert getattr(auth.Settings.load(), name.lower()) == value
+
+
 @parametrize(("schemes", "is_good"), [
     (["Bearer"], True), (["bEARER"], True), (["Basic"], False), (["Bearer", "Bearer"], False),
     ([], False),
@@ -170,6 +227,22 @@ def test_one_bearer_token_is_taken_and_nothing_else(schemes: list[str], is_good:
 
 def test_a_password_is_hashed_by_bcrypt_at_cost_12() -> None:
     assert asyncio.run(auth.passwords.hash("correct horse")).startswith("$2b$12$")
+
+
+def bcrypted(password: str) -> bytes:
+    """The hash that release 1 stored."""
+    return bcrypt.hashpw(password.encode(), bcrypt.gensalt(4))
+
+
+@parametrize("password", ["correct horse", "x" * 72, "п" * 36, "a\u0308" * 8, "\xe4" * 8])
+def test_a_password_of_release_1_stays_good(password: str) -> None:
+    assert asyncio.run(auth.passwords.check(password, bcrypted(password)))
+
+
+def test_a_password_is_the_same_however_its_accents_are_sent() -> None:
+    hashed = asyncio.run(auth.passwords.hash("a\u0308" * 8)).encode()
+    for sent, matches in (("\xe4" * 8, True), ("a\u0308" * 8, True), ("a" * 8, False)):
+        assert asyncio.run(auth.passwords.check(sent, hashed)) is matches
 
 
 def test_an_unknown_e_mail_takes_as_long_as_a_wrong_password() -> None:
