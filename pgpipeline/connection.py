@@ -1,12 +1,13 @@
 """Connections in libpq's pipeline mode, and psycopg's pool that opens and replaces them."""
 
+import asyncio
 import logging
 from time import monotonic, time
 from typing import Any
 
 import psycopg
 from psycopg.generators import fetch
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 MAX_IDLE = 15.0  # seconds after which an idle connection is tested before it is used
 TEST_TIMEOUT = 1.0  # seconds for the answer to that test
@@ -66,11 +67,14 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
         )
 
     async def acquire(self) -> Connection:
-        """Waits for a connection that works. Raises psycopg_pool.PoolClosed."""
+        """Waits for a connection that works, and for the pool to be open."""
         while True:
             try:  # again after half a second: being asked is what makes the pool connect
                 connection = await self.getconn(timeout=0.5)
             except PoolTimeout:
+                continue
+            except PoolClosed:  # or not yet open
+                await asyncio.sleep(0.5)
                 continue
             try:
                 await connection.check()

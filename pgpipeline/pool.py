@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from time import monotonic
 
 from pgpipeline.connection import ConnectionPool
@@ -65,7 +66,10 @@ class PipelinePool:
         return monotonic() - self.last_answer
 
     async def close(self) -> None:
-        """Ends all pipelines. Queries that are under way fail."""
+        """Ends all pipelines. Queries that wait or are under way fail."""
+        waiting = [tenant.line for tenant in self.queue.tenants.values()]
+        for query in chain(*waiting, *[pipeline.sent for pipeline in self.pipelines]):
+            expire(query)
         tasks = list(self.pipelines.values())
         for task in tasks:
             task.cancel()

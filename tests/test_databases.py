@@ -21,7 +21,7 @@ from lib import prepare
 from lib.database_url import connection_string
 from lib.prepare import NotReady, prepare_database
 from pgpipeline import Statement
-from pgpipeline.tests.test_pool import needs_pgbouncer, pgbouncer
+from tests.pgbouncer import needs_pgbouncer, pgbouncer
 
 parametrize = pytest.mark.parametrize
 SCHEMA = HERE / "schema.sql"

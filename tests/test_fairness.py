@@ -5,13 +5,15 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psycopg
 import pytest
+from httpx import Client
 
-from conftest import Server, client, execute, serving, token
+from conftest import Server, client, execute, serving, token, wait_until
 
-pytestmark = pytest.mark.slow
 LOADS = {
     "a page of 1,000 tasks of 5 KB": ("repeat('x', 5000)", 1000, "/tasks"),
     "a filter that finds nothing in 700,000 tasks": ("NULL", 700_000, "/tasks?completed=true"),
@@ -53,6 +55,7 @@ def measure(server: Server, heavy: str, path: str) -> dict[str, list[float]]:
     return times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", LOADS)
 def test_a_users_600_heavy_requests_at_once_leave_others_quick(
     database: str, tmp_path: Path, load: str
@@ -76,3 +79,19 @@ def test_a_users_600_heavy_requests_at_once_leave_others_quick(
         )
         assert statistics.median(seconds) < 0.15
         assert statistics.quantiles(seconds, n=100)[98] < 1.5
+
+
+def test_a_write_that_waits_for_a_lock_holds_up_no_read(database: str, api: Client) -> None:
+    tasks = [api.post("/tasks", json={"title": "x"}).json()["id"] for _ in range(8)]
+    toggle = f"/tasks/{tasks[0]}/toggle"
+    with psycopg.connect(database) as other, ThreadPoolExecutor(16) as pool:
+        other.execute("SELECT 1 FROM todo.tasks WHERE id = %s FOR UPDATE", [tasks[0]])
+        stuck = [pool.submit(api.patch, toggle) for _ in range(3)]
+        time.sleep(0.1)
+        assert {api.get("/tasks/" + id).status_code for id in tasks} == {200}
+        assert not any(call.done() for call in stuck)  # each write waits a second for the lock
+        assert {call.result().status_code for call in stuck} == {503}
+        waiting = "SELECT 1 FROM pg_locks WHERE NOT granted"
+        wait_until(lambda: not other.execute(waiting).fetchall())  # the last one is cancelled late
+        other.rollback()
+    assert api.patch(toggle).json()["completed"] is True

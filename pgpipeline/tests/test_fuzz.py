@@ -6,25 +6,17 @@ FUZZ_SECONDS=60 FUZZ_SEED=7 python -m pytest pgpipeline/tests/test_fuzz.py -s   
 import asyncio
 import os
 import random
-import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+import uvloop
+from psycopg.conninfo import make_conninfo
 
-from pgpipeline import (
-    ConnectionPool,
-    InvalidValue,
-    PipelinePool,
-    Result,
-    Statement,
-    Unavailable,
-)
+from pgpipeline import ConnectionPool, InvalidValue, PipelinePool, Result, Statement, Unavailable
+from pgpipeline.tests.conftest import Proxy, value
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS") or 8)
 SEED = int(os.environ.get("FUZZ_SEED") or time.time())
@@ -46,63 +38,6 @@ KINDS: dict[str, tuple[str, int]] = {
 STATEMENTS = {name: Statement(name, sql) for name, (sql, _) in KINDS.items()}
 
 
-class Proxy:
-    """Stands between the pool and PostgreSQL, and ends the connections that pass through it."""
-
-    def __init__(self, target: str) -> None:
-        given = conninfo_to_dict(target)
-        self.host, self.port = str(given.get("host") or "127.0.0.1"), given.get("port") or 5432
-        self.path = f"{self.host}/.s.PGSQL.{self.port}"
-        self.links: dict[asyncio.StreamWriter, float] = {}  # to the pool, and since when
-        self.left: dict[asyncio.StreamWriter, int] = {}  # bytes until a link is cut
-        self.tasks: list[asyncio.Task[None] | None] = []
-
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.tasks.append(asyncio.current_task())
-        if self.host.startswith("/"):
-            answers, server = await asyncio.open_unix_connection(self.path)
-        else:
-            answers, server = await asyncio.open_connection(self.host, int(self.port))
-        self.links[writer] = time.monotonic()
-        ways = [(reader, server), (answers, writer)]
-        pumps = [asyncio.create_task(self.pump(*way, writer)) for way in ways]
-        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        del self.links[writer]
-        for each in (writer, server):
-            each.close()
-            try:
-                await asyncio.wait_for(each.wait_closed(), 0.1)
-            except TimeoutError:  # what does not take its last bytes
-                each.transport.abort()
-            except OSError:
-                pass
-        await asyncio.wait(pumps)
-
-    async def pump(
-        self, source: asyncio.StreamReader, to: asyncio.StreamWriter, link: asyncio.StreamWriter
-    ) -> None:
-        with suppress(OSError):
-            while data := await source.read(65536):
-                left = self.left.get(link, 1 << 40)
-                to.write(data[:left])
-                if link in self.left:
-                    self.left[link] = left - len(data)
-                if len(data) >= left:
-                    return
-                await to.drain()
-
-    def end(self, how: str) -> None:
-        """Ends a link that is beyond its handshake: the pool waits a second after a failed one."""
-        live = [link for link, since in self.links.items() if time.monotonic() - since > 0.1]
-        writer = random.choice(live or [None])
-        if writer and how == "cut":  # FIN to both sides, in the middle of what comes
-            self.left[writer] = random.choice([0, 1, 100, 1000, 20_000])
-        elif writer:  # RST: that is what close() then sends
-            peer, linger = writer.get_extra_info("socket"), struct.pack("ii", 1, 0)
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            writer.transport.abort()
-
-
 class Fuzz:
     """What was asked, what came of it, and how often connections were ended."""
 
@@ -120,7 +55,8 @@ class Fuzz:
         self.last, started = n, time.monotonic()
         try:
             async with asyncio.timeout(patience):
-                self.check(kind, n, text, await pool.execute(statement, {"n": n, "text": text}))
+                result = await pool.execute(statement, {"n": n, "text": text}, tenant=f"{n % 5}")
+                self.check(kind, n, text, result)
         except InvalidValue:
             assert kind.startswith("wrong"), kind
             self.outcomes["refused"] += 1
@@ -157,18 +93,14 @@ class Fuzz:
 @pytest.fixture
 def table(database: str) -> Iterator[str]:
     """The database, with a table in which nothing hides that a row was stored twice."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute("DROP TABLE IF EXISTS fuzz; CREATE TABLE fuzz (n bigint, text text)")
-        yield database
-        connection.execute("DROP TABLE fuzz")
+    value(database, "DROP TABLE IF EXISTS fuzz; CREATE TABLE fuzz (n bigint, text text)")
+    yield database
+    value(database, "DROP TABLE fuzz")
 
 
 async def run(database: str) -> Fuzz:
-    proxy = Proxy(database)
-    server = await asyncio.start_server(proxy.accept, "127.0.0.1", 0)
-    address = {"host": "127.0.0.1", "port": server.sockets[0].getsockname()[1]}
-    conninfo = make_conninfo(database, application_name="fuzz", sslmode="disable", **address)
-    async with server, ConnectionPool(conninfo, max_size=8) as connections:
+    proxy = Proxy(make_conninfo(database, application_name="fuzz"))
+    async with proxy.serve() as way, ConnectionPool(way, max_size=8) as connections:
         pools = [PipelinePool(connections, 3, 16), PipelinePool(connections, 5, 5)]
         fuzz, until = Fuzz(pools), time.monotonic() + SECONDS
         ending = asyncio.create_task(fuzz.end_connections(database, proxy))
@@ -183,7 +115,6 @@ async def run(database: str) -> Fuzz:
         await asyncio.sleep(0.3)
         assert not any(pool.queue or pool.pipelines for pool in pools)
         assert connections.get_stats()["pool_available"] == connections.get_stats()["pool_size"]
-    await asyncio.gather(*filter(None, proxy.tasks))
     return fuzz
 
 
@@ -193,7 +124,7 @@ def test_whatever_ends_connections_a_write_is_there_once_and_an_answer_is_its_ow
     monkeypatch.setattr("pgpipeline.pipeline.MAX_HOLD", 2.0)
     monkeypatch.setattr("pgpipeline.connection.MAX_IDLE", 0.2)
     random.seed(SEED)
-    fuzz = asyncio.run(run(table))
+    fuzz = uvloop.run(run(table))
     print(f"seed {SEED}, at most {fuzz.longest:.1f} s, {dict(fuzz.outcomes)}")
     with psycopg.connect(table) as connection:
         rows = connection.execute("SELECT n, text FROM fuzz").fetchall()

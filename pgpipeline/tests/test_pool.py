@@ -1,30 +1,15 @@
-"""Statements that share connections: each gets its own answer, and none disturbs another.
-
-These tests call fetch() themselves, since no request makes a statement fail on purpose. The last
-ones use the service.
-"""
+"""Queries that share pipelines: each gets its own answer, in time, and disturbs no other."""
 
 import asyncio
-import os
-import shutil
-import socket
-import subprocess
+import statistics
 import time
-import uuid
-from collections.abc import Awaitable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any
 
-import psycopg
 import pytest
-from httpx import Client
-from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import ConnStatus
+from psycopg.conninfo import make_conninfo
 
-import db
-from conftest import Play, Server, client, free_port, serving, start, wait_for_start, wait_until
 from pgpipeline import (
     ConnectionPool,
     ForeignKeyViolation,
@@ -34,645 +19,382 @@ from pgpipeline import (
     Unavailable,
     UnexpectedError,
     UniqueViolation,
-    pipeline,
 )
+from pgpipeline.pipeline import Pipeline
+from pgpipeline.tests.conftest import OTHERS, Proxy, ask, pool_of, seconds, start, value
+
+pytestmark = pytest.mark.anyio
+INSERT = "INSERT INTO stored VALUES (%(n)s::integer) RETURNING n"
+FAILS = "INSERT INTO stored SELECT fails(%(code)s, %(times)s::integer) RETURNING n"
 
 
-def statement(text: str) -> Statement:
-    return Statement("TEST", text)
-
-
-async def fetch(statement: Statement, **values: Any) -> list[Any]:
-    return (await db.fetch(statement, **values)).rows
-
-
-async def settle(calls: list[Awaitable[Any]]) -> list[Any]:
-    """Waits for all calls. Gives the result or the exception of each."""
+async def outcomes(*calls: Any) -> list[Any]:
+    """The result or the exception of each call."""
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
 # Answers.
 
 
-def test_of_thousands_of_interleaved_statements_each_gets_its_own_answer(play: Play) -> None:
-    async def story() -> None:
-        values = "%(text)s::text, %(number)s::integer"
-        echo = statement(f"SELECT {values}")
-        write = statement(f"WITH nothing AS (SELECT 1) SELECT {values} FROM nothing")
-        divide = statement("SELECT %(text)s::text, 10 / (%(number)s::integer - %(number)s)")
-
-        async def ask(n: int) -> None:
-            text = uuid.uuid4().hex
-            if n % 7 == 0:
-                with pytest.raises(InvalidValue):
-                    await fetch(divide, text=text, number=n)
-            else:
-                rows = await fetch(write if n % 3 else echo, text=text, number=n)
-                assert rows == [(text.encode(), str(n).encode())]
-
-        await asyncio.gather(*[ask(n) for n in range(3000)])
-
-    play(story)
+async def test_each_of_thousands_of_queries_gets_its_own_answer(pool: PipelinePool) -> None:
+    results = await outcomes(
+        *[
+            ask(pool, f"SELECT %(n)s::integer, {n % 5}, 1 / (%(n)s::integer % 7)", f"{n % 9}", n=n)
+            for n in range(1500)
+        ]
+    )
+    for n, result in enumerate(results):
+        if n % 7:
+            assert result.rows == [(b"%d" % n, b"%d" % (n % 5), b"1" if n % 7 == 1 else b"0")]
+        else:
+            assert isinstance(result, InvalidValue)
 
 
-def test_null_is_none_and_no_rows_are_an_empty_list(play: Play) -> None:
-    async def story() -> None:
-        assert await fetch(statement("SELECT %(text)s::text"), text=None) == [(None,)]
-        assert await fetch(statement("SELECT 1 WHERE %(yes)s::boolean"), yes=False) == []
-
-    play(story)
+async def test_null_is_none_and_without_rows_a_result_is_false(pool: PipelinePool) -> None:
+    assert (await ask(pool, "SELECT %(text)s::text", text=None)).rows == [(None,)]
+    assert not await ask(pool, "SELECT 1 WHERE %(yes)s::boolean", yes=False)
 
 
-@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
-def test_text_that_postgresql_cannot_hold_is_an_invalid_value(play: Play, text: str) -> None:
-    async def story() -> None:
-        echo = statement("SELECT %(text)s::text")
-        answers = await settle([fetch(echo, text=each) for each in ("a", text, "b")])
-        assert isinstance(answers.pop(1), InvalidValue)
-        assert answers == [[(b"a",)], [(b"b",)]]
+async def test_a_neighbours_error_neither_undoes_a_write_nor_hides_it(
+    pool: PipelinePool, table: str
+) -> None:
+    fails = ask(pool, "WITH a AS (SELECT 1) SELECT 1 / 0 FROM a")
+    calls = [ask(pool, INSERT, n=n) for n in range(300)]
+    results = await outcomes(*calls[:150], fails, *calls[150:])
+    assert isinstance(results.pop(150), InvalidValue)
+    assert [result.rows for result in results] == [[(b"%d" % n,)] for n in range(300)]
+    assert value(table, "SELECT count(*) FROM stored") == 300
 
-    play(story)
+
+async def test_a_write_is_acknowledged_when_it_is_committed_and_not_when_its_rows_come(
+    pool: PipelinePool, table: str
+) -> None:
+    value(
+        table,
+        "ALTER TABLE stored ADD other integer REFERENCES stored (n) DEFERRABLE INITIALLY DEFERRED",
+    )
+    with pytest.raises(ForeignKeyViolation, match=r"^stored_other_fkey$"):
+        await ask(pool, "INSERT INTO stored VALUES (1, 7) RETURNING n")
+    assert value(table, "SELECT count(*) FROM stored") == 0
+
+
+async def test_queries_of_one_tenant_are_executed_in_their_order(database: str, table: str) -> None:
+    async with pool_of(database, size=1, depth=4) as pool:
+        await asyncio.gather(*[ask(pool, INSERT, n=n) for n in range(100)])
+        stored = await ask(pool, "SELECT n FROM stored ORDER BY ctid")
+    assert [int(n) for (n,) in stored] == list(range(100))
 
 
 # Errors.
 
-INSERT_USER = "INSERT INTO todo.users (id) VALUES (%(user)s) RETURNING id"
-INSERT_TASK = "INSERT INTO todo.tasks (user_id, title) VALUES (%(user)s, %(title)s) RETURNING id"
-SELECT_IDS = "SELECT id FROM todo.tasks WHERE user_id = %(user)s"
+
+async def test_a_unique_violation_names_its_constraint(pool: PipelinePool, table: str) -> None:
+    await ask(pool, INSERT, n=1)
+    with pytest.raises(UniqueViolation, match=r"^stored_n_key$"):
+        await ask(pool, INSERT, n=1)
 
 
-def test_a_neighbours_error_neither_undoes_a_write_nor_hides_it(play: Play) -> None:
-    async def story() -> None:
-        fail = statement("WITH nothing AS (SELECT 1) SELECT 1 / %(number)s::integer FROM nothing")
-        insert, user = statement(INSERT_TASK), uuid.uuid4().hex
-        await fetch(statement(INSERT_USER), user=user)
-        calls = [
-            fetch(insert, user=user, title=f"{n}") if n % 2 else fetch(fail, number=0)
-            for n in range(1000)
-        ]
-        answers = await settle([*calls])
-        assert {type(answer) for answer in answers[::2]} == {InvalidValue}
-        created = {answer[0][0] for answer in answers[1::2]}
-        stored = await fetch(statement(SELECT_IDS), user=user)
-        assert len(created) == 500
-        assert {id for (id,) in stored} == created
-
-    play(story)
-
-
-def test_a_unique_violation_names_its_constraint(play: Play) -> None:
-    async def story() -> None:
-        insert, user = statement(INSERT_USER), uuid.uuid4().hex
-        await fetch(insert, user=user)
-        with pytest.raises(UniqueViolation, match=r"^users_pkey$"):
-            await fetch(insert, user=user)
-
-    play(story)
-
-
-def test_a_check_constraint_is_an_invalid_value(play: Play) -> None:
-    async def story() -> None:
-        with pytest.raises(InvalidValue, match="23514"):
-            await fetch(statement(INSERT_USER), user="")
-
-    play(story)
-
-
-def test_a_write_is_acknowledged_when_it_is_committed_and_not_when_its_rows_come(
-    play: Play, table: str
+@pytest.mark.parametrize("code", ["22000", "22021", "22P02", "23502", "23514"])
+async def test_a_value_that_postgresql_refuses_is_invalid(
+    pool: PipelinePool, table: str, code: str
 ) -> None:
-    async def story() -> None:
-        with psycopg.connect(table) as connection:
-            connection.execute(
-                "ALTER TABLE stored ADD UNIQUE (n),"
-                " ADD other integer REFERENCES stored (n) DEFERRABLE INITIALLY DEFERRED"
-            )
-        insert = statement("INSERT INTO stored (n, other) VALUES (1, %(n)s::integer) RETURNING n")
-        with pytest.raises(ForeignKeyViolation):
-            await fetch(insert, n=7)
-        assert value(table, "SELECT count(*) FROM stored") == 0
-
-    play(story)
-
-
-# Waiting.
-
-
-def test_a_statement_whose_caller_left_disturbs_nobody(play: Play) -> None:
-    async def story() -> None:
-        echo = statement("SELECT %(number)s::integer FROM pg_sleep(0.001)")
-        calls = [asyncio.create_task(fetch(echo, number=n)) for n in range(600)]
-        await asyncio.sleep(0.05)
-        for call in calls[::2]:
-            call.cancel()
-        answers = await settle([*calls])
-        assert answers[1::2] == [[(str(n).encode(),)] for n in range(1, 600, 2)]
-
-    play(story)
-
-
-def test_a_slow_statement_is_cancelled_and_those_behind_it_are_answered(play: Play) -> None:
-    async def story() -> None:
-        slow, fast = statement("SELECT 1 FROM pg_sleep(30)"), statement("SELECT %(n)s::integer")
-        started = time.monotonic()
-        answers = await settle([fetch(slow), *[fetch(fast, n=n) for n in range(100)]])
-        assert isinstance(answers[0], Unavailable)
-        assert answers[1:] == [[(str(n).encode(),)] for n in range(100)]
-        assert time.monotonic() - started < 4  # and not only at the deadline of 5 s
-
-    play(story)
-
-
-def test_beyond_the_queue_a_statement_is_refused_at_once_and_those_in_it_are_answered(
-    play: Play,
-) -> None:
-    async def story() -> None:
-        echo = statement("SELECT %(n)s::integer")
-        answers = await settle([fetch(echo, n=n) for n in range(5000)])
-        refused = [answer for answer in answers if isinstance(answer, Unavailable)]
-        assert 0 < len(refused) < 4000
-        for n, answer in enumerate(answers):
-            assert isinstance(answer, Unavailable) or answer == [(str(n).encode(),)]
-
-    play(story)
-
-
-def test_a_write_that_waits_for_a_lock_holds_up_no_read(database: str, api: Client) -> None:
-    tasks = [api.post("/tasks", json={"title": "x"}).json()["id"] for _ in range(8)]
-    toggle = f"/tasks/{tasks[0]}/toggle"
-    with psycopg.connect(database) as other, ThreadPoolExecutor(16) as pool:
-        other.execute("SELECT 1 FROM todo.tasks WHERE id = %s FOR UPDATE", [tasks[0]])
-        stuck = [pool.submit(api.patch, toggle) for _ in range(3)]
-        time.sleep(0.1)
-        assert {api.get("/tasks/" + id).status_code for id in tasks} == {200}
-        assert not any(call.done() for call in stuck)  # each write waits a second for the lock
-        assert {call.result().status_code for call in stuck} == {503}
-        waiting = "SELECT 1 FROM pg_locks WHERE NOT granted"
-        wait_until(lambda: not other.execute(waiting).fetchall())  # the last one is cancelled late
-        other.rollback()
-    assert api.patch(toggle).json()["completed"] is True
-
-
-# Lost connections, and statements that are sent again.
-
-
-@pytest.fixture
-def table(database: str) -> Iterator[str]:
-    """The database, with a table, and a function that fails at first and counts its calls."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute(
-            "CREATE TABLE stored (n integer); CREATE SEQUENCE calls;"
-            "CREATE FUNCTION fails(code text, times integer) RETURNS bigint LANGUAGE plpgsql AS $$"
-            "DECLARE call bigint := nextval('calls'); BEGIN IF call <= times THEN"
-            "    RAISE EXCEPTION 'a secret' USING ERRCODE = code; END IF; RETURN call; END $$"
-        )
-        yield database
-        connection.execute("DROP FUNCTION fails; DROP SEQUENCE calls; DROP TABLE stored")
-
-
-def value(database: str, query: LiteralString) -> Any:
-    with psycopg.connect(database) as connection:
-        return (connection.execute(query).fetchone() or [None])[0]
-
-
-FAILS = "INSERT INTO stored SELECT fails(%(code)s, %(times)s::integer) RETURNING n"
-SLOW_INSERT = "INSERT INTO stored SELECT 1 FROM pg_sleep(0.5) RETURNING n"
-OTHERS = "FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' AND pid <> pg_backend_pid()"
-END: dict[str, LiteralString] = {
-    "terminate": f"SELECT pg_terminate_backend(pid) {OTHERS}",
-    "cancel": f"SELECT pg_cancel_backend(pid) {OTHERS}",
-}
-
-
-async def started(pool: PipelinePool, text: str) -> asyncio.Task[Any]:
-    """A statement that PostgreSQL is working on."""
-    call = asyncio.create_task(pool.execute(statement(text), {}))
-    await asyncio.sleep(0.2)
-    return call
-
-
-def cut(pool: PipelinePool) -> None:
-    """Ends the connections that the pool's pipelines use, without a word from PostgreSQL."""
-    for each in pool.pipelines:
-        with socket.socket(fileno=os.dup(each.connection.pgconn.socket)) as peer:
-            peer.shutdown(socket.SHUT_RDWR)
-
-
-def test_a_read_whose_connection_is_lost_is_sent_again(play: Play) -> None:
-    async def story() -> None:
-        call = await started(db.reads, "SELECT 1 FROM pg_sleep(0.5)")
-        cut(db.reads)
-        assert (await call).rows == [(b"1",)]
-
-    play(story)
-
-
-def test_a_write_whose_connection_is_lost_is_not_sent_again(play: Play, table: str) -> None:
-    async def story() -> None:
-        call = await started(db.writes, SLOW_INSERT)
-        cut(db.writes)
-        with pytest.raises(Unavailable):
-            await call
-        await asyncio.sleep(1)
-        assert value(table, "SELECT count(*) FROM stored") == 1  # PostgreSQL made it all the same
-
-    play(story)
-
-
-def test_a_socket_that_gets_the_number_of_a_lost_one_is_watched(
-    play: Play, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    received, replaced = asyncio.Event(), list[int]()
-    ours, theirs = socket.socketpair()
-    step = pipeline.Pipeline.step
-
-    def replace(self: pipeline.Pipeline, watch: Any = None) -> None:
-        """Opens a socket as soon as libpq has closed the one that was cut."""
-        pgconn = self.connection.pgconn
-        number = pgconn.socket if pgconn.status == ConnStatus.OK else None
-        step(self, watch)
-        if number and pgconn.status != ConnStatus.OK and not replaced:
-            replaced.append(os.dup2(ours.fileno(), number))
-            asyncio.get_running_loop().add_reader(number, received.set)
-
-    async def story() -> None:
-        monkeypatch.setattr(pipeline.Pipeline, "step", replace)
-        call = await started(db.reads, "SELECT 1 FROM pg_sleep(0.5)")
-        cut(db.reads)
-        assert (await call).rows == [(b"1",)]
-        theirs.send(b"x")
-        await asyncio.wait_for(received.wait(), 1)
-        asyncio.get_running_loop().remove_reader(replaced[0])
-        os.close(replaced[0])
-
-    with ours, theirs:
-        play(story)
-
-
-@pytest.mark.parametrize("how", END)
-def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
-    play: Play, table: str, how: str
-) -> None:
-    async def story() -> None:
-        call = await started(db.writes, SLOW_INSERT)
-        value(table, END[how])
-        assert (await call).rows == [(b"1",)]
-        assert value(table, "SELECT count(*) FROM stored") == 1
-
-    play(story)
+    with pytest.raises(InvalidValue, match=rf"^{code}$"):
+        await ask(pool, FAILS, code=code, times=1)
 
 
 @pytest.mark.parametrize("code", ["0A000", "25006", "26000", "40001", "40P01", "42P05", "57014"])
-def test_a_statement_that_has_not_run_is_sent_again(play: Play, table: str, code: str) -> None:
-    async def story() -> None:
-        assert await fetch(statement(FAILS), code=code, times=1) == [(b"2",)]
-
-    play(story)
-
-
-def test_a_statement_is_sent_three_times_at_most(play: Play, table: str) -> None:
-    async def story() -> None:
-        with pytest.raises(Unavailable):
-            await fetch(statement(FAILS), code="40001", times=1000)
-        assert value(table, "SELECT last_value FROM calls") == 3
-
-    play(story)
-
-
-def test_what_postgresql_says_of_an_error_may_be_a_users_and_is_not_repeated(
-    play: Play, table: str
+async def test_a_query_that_was_not_executed_is_sent_again(
+    pool: PipelinePool, table: str, code: str
 ) -> None:
-    async def story() -> None:
-        with pytest.raises(UnexpectedError) as raised:
-            await fetch(statement(FAILS), code="P0001", times=1)
-        assert str(raised.value) == "TEST: P0001"
-
-    play(story)
+    assert (await ask(pool, FAILS, code=code, times=1)).rows == [(b"2",)]
 
 
-@pytest.mark.parametrize("text", ["DEALLOCATE ALL", "SET default_transaction_read_only = on"])
-def test_a_session_that_was_changed_fails_nothing(play: Play, table: str, text: str) -> None:
-    async def story() -> None:
-        insert = statement("INSERT INTO stored VALUES (%(n)s::integer) RETURNING n")
-        await fetch(insert, n=1)
-        await db.writes.execute(statement(text), {})
-        assert await fetch(insert, n=2) == [(b"2",)]
-
-    play(story)
-
-
-def test_a_column_may_change_its_type_while_statements_are_prepared(play: Play, table: str) -> None:
-    async def story() -> None:
-        insert = statement("INSERT INTO stored VALUES (%(n)s::integer) RETURNING n")
-        await fetch(insert, n=1)
-        with psycopg.connect(table) as connection:
-            connection.execute("ALTER TABLE stored ALTER n TYPE text")
-        assert (await db.fetch(insert, n=2)).json() == b'{"n":"2"}'
-
-    play(story)
-
-
-def test_a_statement_that_could_not_be_prepared_is_prepared_later(play: Play, table: str) -> None:
-    async def story() -> None:
-        late = statement("SELECT n FROM late")
-        with pytest.raises(UnexpectedError, match="42P01"):
-            await fetch(late)
-        with psycopg.connect(table) as connection:
-            connection.execute("CREATE TABLE late (n integer)")
-        assert await fetch(late) == []
-
-    play(story)
-    with psycopg.connect(table) as connection:
-        connection.execute("DROP TABLE late")
-
-
-# Connections that rest.
-
-
-async def open_all(amount: int = 8) -> None:
-    """Opens the connections of db.py, and lets them rest."""
-    borrowed = [await db.connections.acquire() for _ in range(amount)]
-    for connection in borrowed:
-        await db.connections.putconn(connection)
-
-
-@contextmanager
-def dead_peers() -> Iterator[None]:
-    """Nobody answers on the connections that rest, and nobody has said goodbye."""
-    pairs = [socket.socketpair() for _ in db.connections._pool]
-    for connection, (ours, _) in zip(db.connections._pool, pairs, strict=True):
-        ours.setblocking(False)
-        os.dup2(ours.fileno(), connection.pgconn.socket)
-    yield
-    for each in [end for pair in pairs for end in pair]:
-        each.close()
-
-
-def test_connections_that_postgresql_has_ended_fail_nothing(play: Play, table: str) -> None:
-    async def story() -> None:
-        await open_all()
-        value(table, "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
-              " WHERE application_name = 'todo'")  # fmt: skip
-        await asyncio.sleep(0.2)
-        assert (await db.writes.execute(statement(SLOW_INSERT), {})).rows == [(b"1",)]
-        assert value(table, "SELECT count(*) FROM stored") == 1
-
-    play(story)
-
-
-def test_connections_that_rested_and_whose_peers_vanished_fail_no_write(
-    play: Play, table: str
+@pytest.mark.parametrize(("code", "attempts"), [("57014", 3), ("40001", 10), ("40P01", 10)])
+async def test_a_query_is_sent_so_often_and_no_more(
+    pool: PipelinePool, table: str, monkeypatch: pytest.MonkeyPatch, code: str, attempts: int
 ) -> None:
-    async def story() -> None:
-        await open_all()
-        for connection in db.connections._pool:
-            connection.last_used -= 20
-        with dead_peers():
-            assert (await db.writes.execute(statement(SLOW_INSERT), {})).rows == [(b"1",)]
-
-    play(story)
+    monkeypatch.setattr("pgpipeline.pool.PAUSE", 0.0001)
+    with pytest.raises((Unavailable, UnexpectedError)):
+        await ask(pool, FAILS, code=code, times=1000)
+    assert value(table, "SELECT last_value FROM calls") == attempts
 
 
-def test_a_lost_connection_condemns_those_that_rest(
-    play: Play, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("code", ["40001", "08006", "53300", "55P03", "25006"])
+async def test_what_may_pass_is_unavailable(
+    pool: PipelinePool, table: str, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
-    async def story() -> None:
-        one = statement("SELECT 1")
-        await open_all()
-        monkeypatch.setattr(pipeline, "QUERY_TIMEOUT", 0.5)
-        with dead_peers():
-            with pytest.raises(Unavailable):
-                await fetch(one)
-            await asyncio.sleep(0.5)
-            assert await fetch(one) == [(b"1",)]
+    monkeypatch.setattr("pgpipeline.pool.PAUSE", 0.0001)
+    with pytest.raises(Unavailable, match=rf"^TEST: {code}$"):
+        await ask(pool, FAILS, code=code, times=1000)
 
-    play(story)
+
+async def test_queries_in_conflict_all_succeed_since_they_pause(table: str) -> None:
+    serializable = make_conninfo(table, options="-c default_transaction_isolation=serializable")
+    toggle = "UPDATE stored SET n = 1 - n RETURNING n"
+    value(table, "INSERT INTO stored VALUES (0)")
+    async with pool_of(serializable, size=5, depth=5) as pool:
+        for tenants in (1, 101):
+            calls = [ask(pool, toggle, f"{n % tenants}") for n in range(101)]
+            assert {result.rows[0] for result in await asyncio.gather(*calls)} == {(b"0",), (b"1",)}
+    assert value(table, "SELECT n FROM stored") == 0
+
+
+async def test_the_text_of_an_error_may_be_a_users_and_is_not_repeated(
+    pool: PipelinePool, table: str
+) -> None:
+    with pytest.raises(UnexpectedError, match=r"^TEST: P0001$"):
+        await ask(pool, FAILS, code="P0001", times=1)
+    with pytest.raises(UnexpectedError, match=r'^TEST: 42P01 relation "absent" does not exist$'):
+        await ask(pool, "SELECT 1 FROM absent")
 
 
 # Time.
 
 
-def test_a_statement_that_nobody_waits_behind_may_take_longer(play: Play) -> None:
-    async def story() -> None:
-        assert await fetch(statement("SELECT 1 FROM pg_sleep(1.7)")) == [(b"1",)]
-
-    play(story)
+async def test_a_query_that_takes_no_turn_from_others_may_take_longer(pool: PipelinePool) -> None:
+    assert await ask(pool, "SELECT 1 FROM pg_sleep(1.5)")
 
 
-def test_a_statement_that_nobody_waits_for_is_cancelled(play: Play, database: str) -> None:
-    async def story() -> None:
-        call = await started(db.reads, "SELECT 1 FROM pg_sleep(30)")
-        call.cancel()
-        await asyncio.sleep(0.6)
-        assert value(database, f"SELECT count(*) {OTHERS} AND state = 'active'") == 0
-
-    play(story)
-
-
-def test_a_statement_has_failed_by_its_deadline(
-    play: Play, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def story() -> None:
-        begun = time.monotonic()
+async def test_a_slow_query_is_cancelled_when_others_wait(database: str) -> None:
+    async with pool_of(database, size=1) as pool:
+        slow = asyncio.create_task(ask(pool, "SELECT 1 FROM pg_sleep(30)", "slow"))
+        started = time.monotonic()
+        calls = [ask(pool, "SELECT %(n)s::integer", "ann", n=n) for n in range(100)]
+        results = await asyncio.gather(*calls)
+        assert [result.rows for result in results] == [[(b"%d" % n,)] for n in range(100)]
         with pytest.raises(Unavailable):
-            await fetch(statement("SELECT 1 FROM pg_sleep(30)"))
-        assert 0.4 < time.monotonic() - begun < 1.5
-
-    monkeypatch.setattr(pipeline, "QUERY_TIMEOUT", pipeline.QUERY_TIMEOUT / 10)
-    play(story)
+            await slow
+        assert time.monotonic() - started < 3  # and not only at the deadline of 5 s
 
 
-def test_nothing_is_sent_behind_a_slow_statement(play: Play) -> None:
-    async def story() -> None:
-        slow = await started(db.reads, "SELECT 1 FROM pg_sleep(0.9)")
-        begun, one = time.monotonic(), statement("SELECT 1")
-        await asyncio.gather(*[fetch(one) for _ in range(100)])
-        assert time.monotonic() - begun < 0.5
-        await slow
-
-    play(story)
+async def test_a_query_whose_caller_left_is_cancelled(pool: PipelinePool, database: str) -> None:
+    query = await start(pool, "SELECT 1 FROM pg_sleep(30)")
+    query.cancel()
+    await asyncio.sleep(0.6)
+    assert value(database, f"SELECT count(*) {OTHERS} AND state = 'active'") == 0
 
 
-def test_queries_that_wait_wake_the_pool_no_more_often_than_answers_do(
-    play: Play, monkeypatch: pytest.MonkeyPatch
+async def test_a_query_whose_caller_left_the_queue_is_not_sent(table: str) -> None:
+    async with pool_of(table, size=1, depth=1) as pool:
+        first = await start(pool, "SELECT 1 FROM pg_sleep(0.3)")
+        waiting = [asyncio.create_task(ask(pool, INSERT, n=n)) for n in range(4)]
+        await asyncio.sleep(0)
+        waiting[1].cancel()
+        waiting[2].cancel()
+        await outcomes(first, *waiting)
+        assert (await ask(pool, "SELECT sum(n) FROM stored")).rows == [(b"3",)]
+
+
+async def test_callers_that_leave_disturb_nobody(pool: PipelinePool) -> None:
+    echo = "SELECT %(n)s::integer FROM pg_sleep(0.001)"
+    calls = [asyncio.create_task(ask(pool, echo, f"{n % 7}", n=n)) for n in range(600)]
+    await asyncio.sleep(0.05)
+    for call in calls[::2]:
+        call.cancel()
+    results = (await outcomes(*calls))[1::2]
+    assert [result.rows for result in results] == [[(b"%d" % n,)] for n in range(1, 600, 2)]
+
+
+async def test_a_query_has_failed_by_its_deadline(
+    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dispatch, calls = PipelinePool.dispatch, list[int]()
-
-    def count(pool: PipelinePool, answered: Any = None) -> None:
-        calls.append(len(pool.queue))
-        dispatch(pool, answered)
-
-    async def ask() -> None:
-        for _ in range(50):
-            await db.writes.execute(statement("SELECT pg_sleep(0.001)"), {})
-
-    async def story() -> None:
-        await asyncio.gather(*[ask() for _ in range(40)])  # 2,000 queries
-
-    monkeypatch.setattr(PipelinePool, "dispatch", count)
-    play(story)
-    assert len(calls) < 5 * 2000  # 2 a query, where each query that waited once made 10 to 14
+    monkeypatch.setattr("pgpipeline.pool.QUERY_TIMEOUT", 0.5)
+    started = time.monotonic()
+    with pytest.raises(Unavailable):
+        await ask(pool, "SELECT 1 FROM pg_sleep(30)")
+    assert 0.4 < time.monotonic() - started < 1.5
 
 
-def test_one_users_slow_statements_leave_a_pipeline_to_others(play: Play) -> None:
-    async def story() -> None:
-        slow = statement("SELECT %(user_id)s FROM pg_sleep(0.8)")
-        calls = []
-        for _ in range(3):
-            calls.append(asyncio.create_task(fetch(slow, user_id="one")))
-            await asyncio.sleep(0.25)  # slowness is looked for every 0.1 s
-        begun = time.monotonic()
-        await fetch(statement("SELECT %(user_id)s"), user_id="other")
-        assert time.monotonic() - begun < 0.1
-        await settle([*calls])
+async def test_an_answer_that_lay_ready_while_the_process_stood_still_is_given(
+    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgpipeline.pool.QUERY_TIMEOUT", 0.5)
+    query = await start(pool, "SELECT 1 FROM pg_sleep(0.3)")
+    time.sleep(0.7)  # noqa: ASYNC251  # nothing in this process goes on
+    assert (await query).rows == [(b"1",)]
 
-    play(story)
+
+async def test_when_a_pool_is_closed_queries_fail_that_wait_or_are_under_way(
+    database: str,
+) -> None:
+    async with pool_of(database, size=1, depth=1) as pool:
+        queries = [await start(pool, "SELECT 1 FROM pg_sleep(30)") for _ in range(2)]
+    async with asyncio.timeout(1):
+        assert {type(result) for result in await outcomes(*queries)} == {Unavailable}
+    assert not pool.pipelines
+
+
+async def test_nothing_is_left_of_queries_however_they_end(
+    table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgpipeline.pool.QUERY_TIMEOUT", 0.5)
+    monkeypatch.setattr("pgpipeline.queue.SLOW_MEMORY", 0.1)
+    async with pool_of(table, size=2) as pool:
+        sqls = ["SELECT 1", "SELECT 1 / 0", "SELECT '\0'", "SELECT 1 FROM pg_sleep(9)"]
+        calls = [asyncio.create_task(ask(pool, sqls[n % 4], f"{n % 10}")) for n in range(60)]
+        calls += [asyncio.create_task(ask(pool, sqls[0], f"left {n}")) for n in range(10)]
+        await asyncio.sleep(0.1)
+        for call in calls[-10:]:
+            call.cancel()
+        await outcomes(*calls)
+        await asyncio.sleep(1)
+        assert (await ask(pool, "SELECT 1")).rows
+        await asyncio.sleep(0.3)
+        assert (dict(pool.queue.tenants), len(pool.queue), pool.pipelines) == ({}, 0, {})
+
+
+# Fairness.
+
+
+@contextmanager
+def users(pool: PipelinePool, names: str, sql: str, at_once: int = 1) -> Iterator[list[float]]:
+    """Tenants who send queries as long as the block runs. Gives how many seconds each took."""
+    times = list[float]()
+
+    async def use(name: str) -> None:
+        while True:
+            times.append(await seconds(pool, sql, name))
+
+    tasks = [asyncio.create_task(use(name)) for name in names * at_once]
+    yield times
+    for task in tasks:
+        task.cancel()
+
+
+async def test_nothing_is_sent_behind_a_slow_query(pool: PipelinePool) -> None:
+    slow = await start(pool, "SELECT 1 FROM pg_sleep(0.9)", "slow")
+    started = time.monotonic()
+    await asyncio.gather(*[ask(pool, "SELECT 1", f"{n}") for n in range(100)])
+    assert time.monotonic() - started < 0.5
+    await slow
+
+
+# On a lone pipeline, each of a quick tenant's 8 queries waits for 2 slow ones.
+@pytest.mark.parametrize(("size", "longest"), [(1, 3), (2, 1), (3, 1)])
+async def test_neither_slow_tenants_nor_quick_ones_starve(
+    database: str, size: int, longest: float
+) -> None:
+    async with pool_of(database, size) as pool:
+        quick, slow = "SELECT 1 FROM pg_sleep(0.002)", "SELECT 1 FROM pg_sleep(0.15)"
+        with users(pool, "abcdefgh", quick, at_once=8) as quicks, users(pool, "xy", slow) as slows:
+            await asyncio.sleep(3)
+        assert (max(quicks) < longest, max(slows) < longest) == (True, True)
+        assert len(slows) > 4
+
+
+async def test_slow_tenants_share_one_pipeline(pool: PipelinePool) -> None:
+    with users(pool, "uvwxyz", "SELECT 1 FROM pg_sleep(0.3)"):
+        await asyncio.sleep(1)  # by then they are known to be slow
+        times = [await seconds(pool, "SELECT 1", f"{n}") for n in range(40)]
+        assert statistics.quantiles(times, n=10)[-1] < 0.1
+
+
+async def test_a_tenant_whose_queries_become_slow_leaves_a_pipeline_to_others(
+    pool: PipelinePool,
+) -> None:
+    for _ in range(5):  # that earns a window of 100 queries
+        await asyncio.gather(*[ask(pool, "SELECT 1") for _ in range(32)])
+    slow = [asyncio.create_task(ask(pool, "SELECT 1 FROM pg_sleep(0.8)")) for _ in range(32)]
+    await asyncio.sleep(0.02)
+    assert await seconds(pool, "SELECT 1", "bob") < 0.4
+    for query in slow:
+        query.cancel()
+
+
+async def test_three_heavy_users_at_once_leave_others_quick(pool: PipelinePool) -> None:
+    with users(pool, "abc", "SELECT 1 FROM pg_sleep(0.02)", at_once=100):
+        await asyncio.sleep(0.5)
+        times = [await seconds(pool, "SELECT 1", f"{n}") for n in range(20)]
+    assert statistics.median(times) < 0.2
 
 
 # Sharing.
 
 
-def test_a_parameter_larger_than_the_sockets_buffer_is_sent_without_pauses(play: Play) -> None:
-    async def story() -> None:
-        begun = time.monotonic()
-        length = statement("SELECT length(%(text)s::text)")
-        assert await fetch(length, text="x" * 8_000_000) == [(b"8000000",)]
-        assert time.monotonic() - begun < 1.5
-
-    play(story)
-
-
-async def watch(pool: PipelinePool, work: asyncio.Future[Any]) -> tuple[int, int]:
-    """The most pipelines that the pool had at a time, and the most statements in one of them."""
-    pipelines, longest = 0, 0
-    while not work.done():
-        pipelines = max(pipelines, len(pool.pipelines))
-        longest = max([longest, *[len(each.sent) for each in pool.pipelines]])
-        await asyncio.sleep(0)
-    return pipelines, longest
+async def test_a_value_larger_than_the_sockets_buffer_is_sent_without_pauses(
+    pool: PipelinePool,
+) -> None:
+    started = time.monotonic()
+    result = await ask(pool, "SELECT length(%(text)s::text)", text="x" * 8_000_000)
+    assert result.rows == [(b"8000000",)]
+    assert time.monotonic() - started < 1.5
 
 
-def test_a_pool_has_so_many_pipelines_and_each_so_many_statements(play: Play) -> None:
-    async def story() -> None:
-        pool = PipelinePool(db.connections, size=2, depth=3)
-        one = statement("SELECT 1 FROM pg_sleep(0.01)")
-        work = asyncio.gather(*[pool.execute(one, {}) for _ in range(100)])
-        assert await watch(pool, work) == (2, 3)
-        await pool.close()
+async def test_a_pool_has_so_many_pipelines_and_each_so_many_queries(database: str) -> None:
+    async with pool_of(database, size=2, depth=3) as pool:
+        calls = [ask(pool, "SELECT 1 FROM pg_sleep(0.01)", f"{n}") for n in range(100)]
+        work, seen = asyncio.gather(*calls), set[tuple[int, int]]()
+        while not work.done():
+            lengths = [len(pipeline.sent) for pipeline in pool.pipelines]
+            seen.add((len(lengths), max(lengths, default=0)))
+            await asyncio.sleep(0)
+    assert (max(n for n, _ in seen), max(longest for _, longest in seen)) == (2, 3)
 
-    play(story)
+
+async def test_queries_travel_in_batches(
+    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch, send, calls = PipelinePool.dispatch, Pipeline.flush, list[str]()
+
+    def count_dispatch(pool: PipelinePool, answered: Any = None) -> None:
+        calls.append("dispatch")
+        dispatch(pool, answered)
+
+    def count_flush(pipeline: Pipeline) -> None:
+        calls.extend(["flush"] * pipeline.unflushed)
+        send(pipeline)
+
+    async def use(name: str) -> None:
+        for _ in range(50):
+            await ask(pool, "SELECT 1", name)
+
+    monkeypatch.setattr(PipelinePool, "dispatch", count_dispatch)
+    monkeypatch.setattr(Pipeline, "flush", count_flush)
+    await asyncio.gather(*[use(f"{n}") for n in range(40)])  # 2,000 queries
+    print(calls.count("flush"), calls.count("dispatch"))
+    assert calls.count("flush") < 700
+    assert calls.count("dispatch") < 5 * 2000  # 10 to 14 when each query that waits wakes it
+
+
+async def test_queries_far_from_the_database_are_not_slow(database: str) -> None:
+    proxy = Proxy(database)
+    async with proxy.serve() as far:
+        proxy.delay = 0.1
+        async with pool_of(far, size=2) as pool:
+            await ask(pool, "SELECT 1")
+            started = time.monotonic()
+            await asyncio.gather(*[ask(pool, "SELECT 1") for _ in range(16)])
+            assert time.monotonic() - started < 1.5
+            assert not pool.queue.slow
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_busy_pipeline_gives_its_connection_back_in_time(
-    play: Play, database: str, monkeypatch: pytest.MonkeyPatch, waits: bool
+async def test_a_busy_pipeline_gives_its_connection_back_in_time(
+    database: str, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
-    async def story() -> None:
-        async with ConnectionPool(database, max_size=1) as connections:
-            busy, other = PipelinePool(connections, 1, 16), PipelinePool(connections, 1, 16)
-            one, until = statement("SELECT 1 FROM pg_sleep(0.01)"), time.monotonic() + 1.5
-            await busy.execute(one, {})
-            call = asyncio.create_task((other if waits else busy).execute(one, {}))
-
-            async def ask() -> None:  # four of these: it is never without a query
-                while time.monotonic() < until:
-                    await busy.execute(one, {})
-
-            await asyncio.gather(*[ask() for _ in range(4)])
-            assert call.done()
-            assert waits or connections.get_stats()["requests_num"] >= 4
-            await settle([busy.close(), other.close()])
-
-    monkeypatch.setattr(pipeline, "MAX_HOLD", 60 if waits else 0.3)
-    play(story)
+    monkeypatch.setattr("pgpipeline.pipeline.MAX_HOLD", 60 if waits else 0.3)
+    async with ConnectionPool(database, max_size=1) as connections:
+        busy, other = PipelinePool(connections, 1, 16), PipelinePool(connections, 1, 16)
+        with users(busy, "abcd", "SELECT 1 FROM pg_sleep(0.01)"):
+            await asyncio.sleep(0.1)
+            call = asyncio.create_task(ask(other if waits else busy, "SELECT 1"))
+            await asyncio.sleep(1.4)
+        assert (await call).rows == [(b"1",)]
+        assert waits or connections.get_stats()["requests_num"] >= 4
+        await outcomes(busy.close(), other.close())
 
 
-# Poolers.
+async def test_a_query_is_traced_while_it_runs(database: str) -> None:
+    seen = list[str]()
 
+    @contextmanager
+    def span(statement: Statement) -> Iterator[None]:
+        seen.append(statement.name)
+        yield
+        seen.append("ended")
 
-@contextmanager
-def pgbouncer(database: str, folder: Path, tracks: int, size: int = 3) -> Iterator[str]:
-    """A PgBouncer that shares `size` connections to the database by transaction.
-
-    It tracks so many prepared statements of each connection.
-    """
-    port, target = free_port(), conninfo_to_dict(database)
-    user, host = target.get("user", "postgres"), str(target.get("host") or "/var/run/postgresql")
-    address = f"host={host} port={target.get('port', 5432)} dbname={target['dbname']}"
-    (folder / "users").write_text(f'"{user}" "{target.get("password", "")}"\n')
-    (folder / "ini").write_text(
-        f"[databases]\ntodo_test = {address}\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
-        f"auth_type = trust\nauth_file = {folder}/users\n"
-        f"pool_mode = transaction\ndefault_pool_size = {size}\n"
-        + (f"max_prepared_statements = {tracks}\n" if PGBOUNCER >= (1, 21) else "")
-    )
-    command = ["pgbouncer", str(folder / "ini")]
-    if os.geteuid() == 0:  # it refuses to run as root
-        for path in (folder, *folder.parents[:2], folder / "ini", folder / "users"):
-            path.chmod(0o755)
-        command[1:1] = ["-u", Path(host).owner() if host.startswith("/") else "nobody"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        wait_for_start(process, port)
-        yield f"postgresql://{user}@127.0.0.1:{port}/todo_test"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def version_of_pgbouncer() -> tuple[int, ...]:
-    """(0,) where it is not installed."""
-    if not shutil.which("pgbouncer"):
-        return (0,)
-    shown = subprocess.run(["pgbouncer", "--version"], capture_output=True, text=True).stdout
-    return tuple(int(part) for part in shown.split()[1].split("."))
-
-
-PGBOUNCER = version_of_pgbouncer()
-needs_pgbouncer = pytest.mark.skipif(PGBOUNCER == (0,), reason="pgbouncer is not installed")
-
-
-@needs_pgbouncer
-def test_a_pooler_that_mixes_up_prepared_statements_is_refused_with_one_line(
-    database: str, tmp_path: Path
-) -> None:
-    with pgbouncer(database, tmp_path, tracks=0) as url:
-        ended = start(url)
-    *_, last = (ended.stdout + ended.stderr).splitlines()
-    assert "a pooler that mixes up prepared statements" in last
-    assert (ended.returncode, "Traceback" in ended.stderr) == (1, False)
-
-
-@needs_pgbouncer
-def test_a_database_that_the_pooler_does_not_know_stops_the_start_at_once(
-    database: str, tmp_path: Path
-) -> None:
-    with pgbouncer(database, tmp_path, tracks=0) as url:
-        ended = start(url.replace("/todo_test", "/nowhere"))
-    *_, last = (ended.stdout + ended.stderr).splitlines()
-    assert '"DATABASE_URL does not work: ' in last
-    assert "no such database: nowhere" in last
-
-
-@pytest.fixture
-def pooled(database: str, tmp_path: Path) -> Iterator[Server]:
-    """A service that reaches its database through PgBouncer."""
-    if PGBOUNCER < (1, 21):
-        pytest.skip("pgbouncer is not installed, or older than 1.21")
-    with pgbouncer(database, tmp_path, 100) as url, serving(url, tmp_path / "log") as server:
-        yield server
-
-
-def test_a_pooler_that_tracks_prepared_statements_changes_no_answer(pooled: Server) -> None:
-    def use(n: int) -> None:
-        api, stranger = (one, other) if n % 2 else (other, one)
-        created = api.post("/tasks", json={"title": f"{n}"})
-        assert created.status_code == 201
-        path = "/tasks/" + created.json()["id"]
-        assert api.get(path).json() == created.json()
-        assert api.patch(path + "/toggle").json() == api.get(path).json()
-        assert stranger.get(path).status_code == 404
-
-    with client(pooled) as one, client(pooled) as other, ThreadPoolExecutor(16) as pool:
-        list(pool.map(use, range(300)))
+    async with ConnectionPool(database, max_size=1) as connections:
+        pool = PipelinePool(connections, 1, 1, span=span)
+        await ask(pool, "SELECT 1")
+        await pool.close()
+    assert seen == ["TEST", "ended"]

@@ -1,0 +1,254 @@
+"""Connections that are lost, idle, refused, or changed: no query fails without need, or twice."""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+from psycopg.pq import ConnStatus
+
+from pgpipeline import ConnectionPool, PipelinePool, Statement, Unavailable, UnexpectedError
+from pgpipeline.pipeline import Pipeline
+from pgpipeline.queue import Query
+from pgpipeline.tests.conftest import OTHERS, ask, pool_of, start, value
+
+pytestmark = pytest.mark.anyio
+SLOW_INSERT = "INSERT INTO stored SELECT 1 FROM pg_sleep(0.5) RETURNING n"
+END: dict[str, LiteralString] = {
+    "terminate": f"SELECT pg_terminate_backend(pid) {OTHERS}",
+    "cancel": f"SELECT pg_cancel_backend(pid) {OTHERS}",
+}
+
+
+# Connections in use.
+
+
+def cut(pool: PipelinePool) -> None:
+    """Ends the connections that the pool's pipelines use, without a word from PostgreSQL."""
+    for each in pool.pipelines:
+        with socket.socket(fileno=os.dup(each.connection.pgconn.socket)) as peer:
+            peer.shutdown(socket.SHUT_RDWR)
+
+
+async def test_a_read_whose_connection_is_lost_is_sent_again(pool: PipelinePool) -> None:
+    query = await start(pool, "\n SELECT 1 FROM pg_sleep(0.5)")
+    cut(pool)
+    assert (await query).rows == [(b"1",)]
+
+
+async def test_a_write_whose_connection_is_lost_is_not_sent_again(
+    pool: PipelinePool, table: str
+) -> None:
+    query = await start(pool, SLOW_INSERT)
+    cut(pool)
+    with pytest.raises(Unavailable):
+        await query
+    await asyncio.sleep(1)
+    assert value(table, "SELECT count(*) FROM stored") == 1  # PostgreSQL made it all the same
+
+
+@pytest.mark.parametrize("how", END)
+async def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
+    pool: PipelinePool, table: str, how: str
+) -> None:
+    query = await start(pool, SLOW_INSERT)
+    value(table, END[how])
+    assert (await query).rows == [(b"1",)]
+    assert value(table, "SELECT count(*) FROM stored") == 1
+
+
+async def test_a_write_whose_rows_came_before_the_end_of_its_session_is_not_sent_again(
+    pool: PipelinePool, table: str
+) -> None:
+    value(
+        table,
+        "CREATE FUNCTION commits_slowly() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN PERFORM pg_sleep(0.7); RETURN NULL; END';"
+        "CREATE CONSTRAINT TRIGGER slowly AFTER INSERT ON stored DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION commits_slowly()",
+    )
+    query = await start(pool, "INSERT INTO stored SELECT nextval('calls') RETURNING n, 'pg_sleep'")
+    value(table, END["terminate"])
+    with pytest.raises(Unavailable):
+        await query
+    value(table, "DROP FUNCTION commits_slowly CASCADE")
+    assert value(table, "SELECT last_value FROM calls") == 1
+
+
+async def test_an_answer_that_never_comes_is_a_lost_connection(pool: PipelinePool) -> None:
+    query = await start(pool, "SELECT 1 FROM pg_sleep(0.5)")
+    [pipeline] = pool.pipelines
+    missing = Query(
+        Statement("MISSING", "SELECT 2"),
+        [],
+        pipeline.sent[0].tenant,
+        query.get_loop().create_future(),
+    )
+    pipeline.sent.append(missing)
+    pool.queue.tenant("ann").under_way[pipeline] += 1
+    assert (await query).rows == [(b"1",)]
+    assert (await asyncio.wait_for(missing.result, 1)).rows == [(b"2",)]  # sent again: it reads
+
+
+async def test_a_socket_that_gets_the_number_of_a_lost_one_is_watched(
+    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received, replaced = asyncio.Event(), list[int]()
+    ours, theirs = socket.socketpair()
+    step = Pipeline.step
+
+    def replace(self: Pipeline, watch: Any = None) -> None:
+        """Opens a socket as soon as libpq has closed the one that was cut."""
+        pgconn = self.connection.pgconn
+        number = pgconn.socket if pgconn.status == ConnStatus.OK else None
+        step(self, watch)
+        if number and pgconn.status != ConnStatus.OK and not replaced:
+            replaced.append(os.dup2(ours.fileno(), number))
+            asyncio.get_running_loop().add_reader(number, received.set)
+
+    monkeypatch.setattr(Pipeline, "step", replace)
+    with ours, theirs:
+        query = await start(pool, "SELECT 1 FROM pg_sleep(0.5)")
+        cut(pool)
+        assert (await query).rows == [(b"1",)]
+        theirs.send(b"x")
+        await asyncio.wait_for(received.wait(), 1)
+        asyncio.get_running_loop().remove_reader(replaced[0])
+        os.close(replaced[0])
+
+
+@pytest.mark.parametrize("sql", ["DEALLOCATE ALL", "SET default_transaction_read_only = on"])
+async def test_a_session_that_was_changed_fails_nothing(
+    pool: PipelinePool, table: str, sql: str
+) -> None:
+    insert = "INSERT INTO stored VALUES (%(n)s::integer) RETURNING n"
+    await ask(pool, insert, n=1)
+    await ask(pool, sql)
+    assert (await ask(pool, insert, n=2)).rows == [(b"2",)]
+    prepared = await ask(pool, "SELECT count(*) FROM pg_prepared_statements WHERE name ~ 'TEST'")
+    assert prepared.rows == [(b"2",)]  # that one, and this one
+
+
+async def test_a_statement_that_could_not_be_prepared_is_prepared_later(
+    pool: PipelinePool, table: str
+) -> None:
+    with pytest.raises(UnexpectedError, match="42703"):
+        await ask(pool, "SELECT late FROM stored")
+    value(table, "ALTER TABLE stored ADD late integer")
+    assert (await ask(pool, "SELECT late FROM stored")).rows == []
+
+
+# Idle connections.
+
+
+async def open_all(pool: PipelinePool) -> None:
+    """Opens all connections, and leaves them idle."""
+    connections = [await pool.connections.acquire() for _ in range(8)]
+    for connection in connections:
+        await pool.connections.release(connection)
+
+
+@contextmanager
+def dead_peers(pool: PipelinePool) -> Iterator[None]:
+    """Nobody answers on the connections that are idle, and nobody has said goodbye."""
+    pairs = [socket.socketpair() for _ in pool.connections._pool]
+    for connection, (ours, _) in zip(pool.connections._pool, pairs, strict=True):
+        ours.setblocking(False)
+        os.dup2(ours.fileno(), connection.pgconn.socket)
+    yield
+    for each in [end for pair in pairs for end in pair]:
+        each.close()
+
+
+async def test_idle_connections_that_postgresql_has_ended_fail_nothing(
+    pool: PipelinePool, table: str
+) -> None:
+    await open_all(pool)
+    pids = {connection.info.backend_pid for connection in pool.connections._pool}
+    with psycopg.connect(table, autocommit=True) as other:
+        other.execute("SELECT pg_terminate_backend(pid) FROM unnest(%s) AS pid", [list(pids)])
+    await asyncio.sleep(0.2)
+    assert (await ask(pool, SLOW_INSERT)).rows == [(b"1",)]
+    assert value(table, "SELECT count(*) FROM stored") == 1
+
+
+async def test_connections_that_were_idle_for_long_and_whose_peers_vanished_fail_no_write(
+    pool: PipelinePool, table: str
+) -> None:
+    await open_all(pool)
+    for connection in pool.connections._pool:
+        connection.last_used -= 20
+    with dead_peers(pool):
+        assert (await ask(pool, SLOW_INSERT)).rows == [(b"1",)]
+
+
+async def test_a_lost_connection_condemns_those_that_are_idle(
+    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await open_all(pool)
+    for module in ("pool", "pipeline"):
+        monkeypatch.setattr(f"pgpipeline.{module}.QUERY_TIMEOUT", 0.5)
+    with dead_peers(pool):
+        with pytest.raises(Unavailable):
+            await ask(pool, "SELECT 1")
+        await asyncio.sleep(0.5)
+        assert (await ask(pool, "SELECT 1")).rows == [(b"1",)]
+
+
+# Connections that cannot be had.
+
+
+@pytest.mark.parametrize("why", ["not open", "refused", "closed"])
+async def test_without_connections_queries_fail_by_the_deadline_and_nothing_spins(
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    why: str,
+) -> None:
+    monkeypatch.setattr("pgpipeline.pool.QUERY_TIMEOUT", 1.0)
+    caplog.set_level(logging.INFO)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    connections = ConnectionPool(f"port={port}" if why == "refused" else database, max_size=2)
+    pool, runs, run = PipelinePool(connections, 2, 16), list[Pipeline](), Pipeline.run
+
+    async def count(pipeline: Pipeline) -> None:
+        runs.append(pipeline)
+        await run(pipeline)
+
+    monkeypatch.setattr(Pipeline, "run", count)
+    if why != "not open":
+        await connections.open()
+    if why == "closed":
+        await connections.close()
+    started = time.monotonic()
+    calls = [ask(pool, "SELECT 1", f"{n}") for n in range(100)]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(result) for result in results} == {Unavailable}
+    assert time.monotonic() - started < 2
+    assert len(runs) < 30
+    assert len(caplog.records) < 30, caplog.text
+    await pool.close()
+    await connections.close()
+
+
+async def test_connections_are_made_again_when_the_database_is_back(database: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    addresses = iter([f"host=127.0.0.1 port={port}"] * 2)
+    async with ConnectionPool(lambda: next(addresses, database), max_size=1) as connections:
+        pool = PipelinePool(connections, 2, 16)
+        assert (await ask(pool, "SELECT 1")).rows == [(b"1",)]
+        await pool.close()
+
+
+async def test_a_role_that_may_have_one_connection_serves_all_with_it(database: str) -> None:
+    async with pool_of(database, size=3, max_size=1) as pool:
+        calls = [ask(pool, "SELECT 1 FROM pg_sleep(0.01)", f"{n}") for n in range(50)]
+        assert all(await asyncio.gather(*calls))

@@ -1,0 +1,146 @@
+"""The queue's four rules, its bound, and that it forgets tenants. It needs no database."""
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+
+from pgpipeline import Statement, Unavailable
+from pgpipeline.queue import FEW, Query, Queue
+
+pytestmark = pytest.mark.anyio
+SELECT = Statement("SELECT", "SELECT 1")
+
+
+def append(queue: Queue, tenants: Iterable[str]) -> list[Query]:
+    """A query for each name, in the tenants' lines."""
+    loop = asyncio.get_running_loop()
+    queries = [Query(SELECT, [], queue.tenant(name), loop.create_future()) for name in tenants]
+    for query in queries:
+        queue.append(query)
+    return queries
+
+
+def take(queue: Queue, pipeline: int, slow: bool = False) -> list[Query]:
+    """All queries that may go to a pipeline now."""
+    return list(iter(lambda: queue.take(pipeline, slow), None))
+
+
+def names(queries: list[Query]) -> str:
+    return "".join(query.tenant.name for query in queries)
+
+
+async def test_the_lines_are_served_in_turn() -> None:
+    queue = Queue(size=2)
+    append(queue, "aaabbc")
+    assert names(take(queue, 1)) == "abcaba"
+
+
+async def test_queries_of_one_tenant_are_sent_in_their_order() -> None:
+    queue = Queue(size=2)
+    queries = append(queue, "abab")
+    assert take(queue, 1) == queries
+
+
+async def test_a_tenant_has_few_queries_under_way_while_others_are_served() -> None:
+    queue = Queue(size=2)
+    append(queue, "a" * 10 + "b")
+    taken = take(queue, 1)
+    assert names(taken) == "ab" + "a" * (FEW - 1)
+    queue.ended(taken[0], 1, quickly=True)
+    assert names(take(queue, 1)) == "a"
+
+
+async def test_a_tenant_who_is_alone_may_have_one_more_with_each_quick_answer() -> None:
+    queue = Queue(size=2)
+    append(queue, "a" * 20)
+    first, second, *_ = take(queue, 1)
+    queue.ended(first, 1, quickly=True)
+    assert len(take(queue, 1)) == 2
+    queue.ended(second, 1, quickly=False)
+    assert len(take(queue, 1)) == 1
+
+
+async def test_a_slow_tenant_has_one_query_under_way_on_the_pipeline_for_slow_ones() -> None:
+    queue = Queue(size=3)
+    slow = append(queue, "aaab")[0]
+    queue.found_slow(slow.tenant)
+    assert names(take(queue, 1)) == "b"
+    assert take(queue, 2, slow=True) == [slow]
+
+
+async def test_a_tenant_is_slow_no_longer_after_some_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pgpipeline.queue.SLOW_MEMORY", 0.0)
+    queue = Queue(size=3)
+    queue.found_slow(append(queue, "aa")[0].tenant)
+    queue.forget_slow()
+    assert names(take(queue, 1)) == "aa"
+
+
+async def test_a_tenant_who_is_slow_may_have_no_more_queries_than_few_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pgpipeline.queue.SLOW_MEMORY", 0.0)
+    queue = Queue(size=3)
+    first = append(queue, "a" * 20)[0]
+    first.tenant.window = 20
+    queue.found_slow(first.tenant)
+    queue.forget_slow()
+    assert len(take(queue, 1)) == FEW
+
+
+@pytest.mark.parametrize(("size", "used"), [(1, 1), (2, 1), (3, 2), (5, 4)])
+async def test_a_tenant_has_queries_on_all_pipelines_but_one(size: int, used: int) -> None:
+    queue = Queue(size)
+    append(queue, "a" * 20)
+    queue.tenant("a").window = 20
+    taken = [bool(queue.take(pipeline, False)) for pipeline in range(size)]
+    assert taken == [True] * used + [False] * (size - used)
+    assert queue.take(0, False)  # where it has some already
+
+
+async def test_a_pool_of_one_pipeline_serves_slow_tenants_and_quick_ones_with_it() -> None:
+    queue = Queue(size=1)
+    queue.found_slow(append(queue, "aab")[0].tenant)
+    assert names(take(queue, 1)) == "ab"
+
+
+async def test_when_the_queue_is_full_the_longest_line_gives_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pgpipeline.queue.MAX_QUEUE", 6)
+    queue = Queue(size=2)
+    *_, last, b, c, d = append(queue, "aaaabcd")
+    assert isinstance(last.result.exception(), Unavailable)
+    assert not any(query.result.done() for query in (b, c, d))
+    assert len(queue) == 6
+
+
+async def test_a_tenant_without_queries_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgpipeline.queue.MAX_QUEUE", 3)
+    queue = Queue(size=2)
+    left, *others = append(queue, "aabbcc")
+    refused = [query.result.exception() for query in others if query.result.done()]
+    assert len(refused) == 3
+    queue.remove(left)
+    queue.remove(left)  # as its caller does, whatever has become of it
+    for query in take(queue, 1):
+        queue.ended(query, 1, quickly=True)
+    assert (len(queue), dict(queue.tenants)) == (0, {})
+
+
+async def test_a_slow_tenant_is_forgotten_when_it_is_slow_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pgpipeline.queue.SLOW_MEMORY", 0.05)
+    queue = Queue(size=2)
+    [query] = append(queue, "a")
+    queue.take(1, False)
+    queue.found_slow(query.tenant)
+    queue.ended(query, 1, quickly=False)
+    assert list(queue.tenants) == ["a"]
+    await asyncio.sleep(0.06)
+    queue.forget_slow()
+    assert (dict(queue.tenants), queue.slow) == ({}, {})
