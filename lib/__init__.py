@@ -1,0 +1,36 @@
+"""Machinery of an HTTP service on PostgreSQL. Nothing here knows what a task is.
+
+What a request passes, from the outside in:
+
+    serve        starts uvicorn; its flags
+    protocol     uvicorn's HTTP protocol, with bounds
+    middleware   the client's address, the log, errors, bodies
+    cors         which web pages may call the service
+    paths        one form for each path
+    routing      routes without FastAPI's work for each request
+    state        what is known of a request: RequestState, by state_of(scope)
+    headers      what routes take from headers: conditions, Idempotency-Key; Link
+    problems     errors as JSON (RFC 9457)
+    logs         lines of JSON on standard output
+    telemetry    OpenTelemetry, where it is set up
+
+Identity:
+
+    jwks         an issuer's public keys
+    passwords    hashes by bcrypt
+    ratelimit    limits in a window of time
+
+The start, and documents:
+
+    settings     settings from the environment and .env
+    startup      the lifespan of the process
+    postgres     DATABASE_URL, the schema, a look at statements and privileges
+    openapi      completes FastAPI's document
+    welcome      the page at /
+    develop      `python main.py`
+    embedded     the PostgreSQL that pip installs
+
+An exception becomes a status in problems.responder(): HTTPProblem has its own, a
+RequestValidationError is 422 (400 for what is no JSON, 404 for a path that cannot be right). The
+host names the statuses of its own exceptions, as of its database. Any other is 500.
+"""
