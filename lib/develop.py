@@ -19,18 +19,13 @@ from pathlib import Path
 from subprocess import Popen
 
 import uvicorn
-from pydantic import Field
 
 from lib import embedded
 from lib import serve as server
-from lib.settings import BaseSettings
 
+DATA = ".data"
 PORTS = (3000, 5173)  # of Next.js and Vite
 ORIGINS = [f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in PORTS]
-
-
-class Settings(BaseSettings):
-    port: int = Field(8000, ge=0, le=65535)  # of 127.0.0.1; 0 takes a free one
 
 
 def run(app: str, folder: Path, *, database: bool, secret: bool, origins: bool) -> None:
@@ -41,26 +36,27 @@ def run(app: str, folder: Path, *, database: bool, secret: bool, origins: bool) 
     """
     parser = argparse.ArgumentParser(description="Serves on 127.0.0.1, with a PostgreSQL in .data")
     parser.add_argument("--reload", action="store_true", help="restart when .py or .sql changes")
-    mode, home = ["reload"] * parser.parse_args().reload, folder / ".data"
+    options = ["reload"] if parser.parse_args().reload else []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
     with ExitStack() as stack:  # undone in reverse: the service ends before its database
-        listener = stack.enter_context(listen(Settings.load().port))
+        listener = stack.enter_context(listen(server.Settings.load().port))
         try:
             if database:
-                os.environ["DATABASE_URL"] = stack.enter_context(embedded.postgres(home))
+                os.environ["DATABASE_URL"] = stack.enter_context(embedded.postgres(folder / DATA))
             if secret:
-                os.environ["JWT_SECRET"] = keep_secret(home / "secret")
+                os.environ["JWT_SECRET"] = keep_secret(folder / DATA / "secret")
         except OSError as error:
             sys.exit(f"{error}. Make it writable, or set DATABASE_URL and JWT_SECRET")
+        print(f"\nDocs:  http://127.0.0.1:{listener.getsockname()[1]}/docs")
         if origins:
             os.environ["CORS_ORIGINS"] = ",".join(ORIGINS)
+            print(f"CORS:  pages of {', '.join(ORIGINS)} may call it")
+        print("Stop:  Ctrl-C\n", flush=True)
         fd = listener.fileno()
-        command = [sys.executable, "-m", "lib.develop", app, str(fd), str(os.getpid()), *mode]
+        command = [sys.executable, "-m", "lib.develop", app, str(fd), str(os.getpid()), *options]
         service = stack.enter_context(Popen(command, cwd=folder, pass_fds=[fd]))
         stack.callback(service.terminate)
-        print(f"\nDocs:  http://127.0.0.1:{listener.getsockname()[1]}/docs")
-        print(f"CORS:  pages of {', '.join(ORIGINS)}\n" * origins + "Stop:  Ctrl-C\n", flush=True)
         sys.exit(service.wait())
 
 
@@ -82,10 +78,10 @@ def keep_secret(file: Path) -> str:
     return file.read_text()
 
 
-def serve(app: str, fd: str, parent: str, *mode: str) -> None:
-    """Serves `app` on the listening socket `fd` until a signal comes, or the process `parent` ends.
+def serve(app: str, fd: str, parent: str, *options: str) -> None:
+    """Serves `app` on the listening socket `fd`, until a signal comes or the process `parent` ends.
 
-    That may be a kill -9, which it could not pass on.
+    A process that ends by kill -9 cannot tell this one.
     """
 
     def watch() -> None:
@@ -94,7 +90,7 @@ def serve(app: str, fd: str, parent: str, *mode: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    if mode:
+    if "reload" in options:
         uvicorn.run(app, fd=int(fd), reload=True, reload_includes=["*.sql"], **server.FLAGS)
     else:
         server.run(app, fd=int(fd))

@@ -116,7 +116,7 @@ def test_a_signal_while_postgresql_starts_stops_all(folder: Path, until: str) ->
     wait_until(lambda: list(folder.glob(until)))
     assert run.end(signal.SIGINT) == 0
     assert run.printed == ""
-    wait_until(lambda: not inside(folder), 3)
+    wait_until(lambda: not inside(folder), 20)
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_changed_code_is_served_and_postgresql_stays(folder: Path) -> None:
         (postgres,) = (p for p in inside(folder, "postgres") if p.ppid() == run.process.pid)
         code = (folder / "main.py").read_text()
         (folder / "main.py").write_text(re.sub("VERSION = .*", 'VERSION = "changed"', code))
-        wait_until(lambda: run.ask("/").json()["version"] == "changed", 10)
+        wait_until(lambda: run.ask("/").json()["version"] == "changed")
         assert postgres.is_running()
 
 
@@ -180,7 +180,7 @@ def test_the_run_after_a_killed_one_finds_its_data_and_stops_its_postgresql(used
     killed = Run(used)
     assert killed.ask("/auth/login", ACCOUNT).is_success
     killed.end(signal.SIGKILL)
-    wait_until(lambda: not listens(killed.port), 5)
+    wait_until(lambda: not listens(killed.port), 20)
     with running(used, PORT=str(killed.port)) as run:
         assert run.ask("/auth/login", ACCOUNT).is_success
     assert inside(used) == []
@@ -229,13 +229,6 @@ def test_a_port_in_use_is_named_before_anything_starts(folder: Path) -> None:
         line = Run(folder, PORT=str(port)).line()
     assert line == f"PORT {port}: Address already in use. Set another, or stop what uses it"
     assert not (folder / ".data").exists()
-
-
-@pytest.mark.parametrize("port", ["65536", "http"])
-def test_a_port_that_is_none_is_named(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORT", port)
-    with pytest.raises(SystemExit, match="PORT "):
-        develop.Settings.load()
 
 
 def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
