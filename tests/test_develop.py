@@ -16,10 +16,11 @@ import httpx
 import psutil
 import pytest
 
-from conftest import HERE, SECRET, copy_service, free_port, listens, outside, wait_until
+from conftest import HERE, copy_service, free_port, listens, outside, wait_until
 from lib import develop
 
 UNREACHABLE = "postgresql://somebody@127.0.0.1:1/nowhere"
+KEYS = "https://issuer.example/jwks/of/more/than/thirty-two/bytes"
 ACCOUNT = {"email": "a@example.com", "password": "correct horse"}
 
 
@@ -156,7 +157,10 @@ def test_pages_of_this_machine_may_call_it_and_the_start_says_so(used: Path) -> 
 @pytest.mark.parametrize("place", ["environment", ".env"])
 @pytest.mark.parametrize("name", ["JWT_SECRET", "BETTER_AUTH_SECRET", "JWT_JWKS_URL"])
 def test_what_is_set_is_not_made(folder: Path, name: str, place: str) -> None:
-    given: Any = {"DATABASE_URL": UNREACHABLE, name: f"https://issuer.example/{SECRET}"}
+    given: Any = {
+        "DATABASE_URL": UNREACHABLE,
+        name: KEYS,
+    }
     text = "".join(f"{name}={value}\n" for name, value in given.items())
     (folder / ".env").write_text(text if place == ".env" else "")
     with running(folder, **(given if place == "environment" else {})) as run:
