@@ -40,6 +40,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tests.citus import distribute
 
+pytest_plugins = ["tests.node"]  # its fixtures
 HERE = Path(__file__).parent
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ruff and uvicorn come first
 SECRET = "a secret of the tests, thirty-two bytes and more"

@@ -136,7 +136,7 @@ class TaskCreate(TaskBody):
 
     title: Title
     description: Description = None
-    completed: Completed = False
+    completed: Completed = Field(default_factory=bool)  # generators require what has a default
 
 
 class Task(SQLModel):
@@ -237,10 +237,16 @@ CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no alias chang
 # left a route to FastAPI, FastAPI does.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
-    {"accounts": "Users and tokens.", "tasks": "A user's tasks.", "service": "The service itself."},
     title="Todo",
     version=VERSION,
     description="Todos of many users. An error's `detail` is for people, `code` for programs.",
+    openapi_tags=[
+        {"name": "accounts", "description": "Users and tokens."},
+        {"name": "tasks", "description": "A user's tasks."},
+        {"name": "service", "description": "The service itself."},
+    ],
+    servers=[{"url": "/"}],
+    license_info={"name": "MIT", "identifier": "MIT"},
     responses={"4XX": {"model": Problem}},
     generate_unique_id_function=lambda r: r.name + "_of_user" * r.path.startswith("/api/"),
     lifespan=startup.lifespan(db.start, db.stop),

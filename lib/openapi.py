@@ -1,4 +1,4 @@
-"""Completes FastAPI's OpenAPI document. Nothing here runs while a request is served."""
+"""Completes the OpenAPI document by errors, headers and examples, when it is first asked for."""
 
 from typing import Any
 
@@ -7,52 +7,40 @@ from fastapi import FastAPI
 from lib.problems import HTTPProblem
 
 PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
-# What each part of an operation (its body, its security, a parameter) makes it answer.
-CAUSES = {
-    "requestBody": (400, 408, 413, 415, 422, 503),
-    "security": (401, 429, 503),
-    "limit": (422,),
-    "If-Match": (412, 422),
-    "If-None-Match": (304, 412, 422),
-    "Idempotency-Key": (400,),
-}
-# A header, the part of an operation that causes it ("responses" is in each), and the statuses.
-HEADERS = [
-    ("ETag", "If-Match", "200 304", "The version, for If-Match and If-None-Match."),
-    ("ETag", "Idempotency-Key", "201", "The version, for If-Match and If-None-Match."),
-    ("Link", "limit", "200", '`<…>; rel="next"` while more follow.'),
-    ("Location", "Idempotency-Key", "201", "The path of what was stored."),
-    ("Idempotent-Replayed", "Idempotency-Key", "201", "`true` when the key had stored it before."),
-    ("WWW-Authenticate", "responses", "401", "What was wrong with the token (RFC 6750)."),
-    ("Retry-After", "responses", "429 503", "Seconds to wait."),
-    ("RateLimit-Policy", "responses", "429", 'The limit: `"user";q=600;w=60`.'),
-    ("RateLimit", "responses", "429", 'Seconds until the limit starts anew: `"user";r=0;t=30`.'),
-    ("Access-Control-Allow-Origin", "responses", "", "An allowed origin, when its page asks."),
-    ("X-Request-ID", "responses", "", "The request in the log: the id that came with it, or ours."),
+OTHER = ("4XX", "5XX")
+# What an operation answers if it has all of these: a method, a member, the name of a parameter.
+STATUSES: list[tuple[set[str], tuple[int, ...]]] = [
+    ({"requestBody"}, (400, 408, 413, 415, 422, 503)),
+    ({"security"}, (401, 429, 503)),
+    ({"limit"}, (422,)),
+    ({"If-Match"}, (412, 422)),
+    ({"get", "If-None-Match"}, (304,)),
+    ({"Idempotency-Key"}, (400,)),
 ]
-# By format or type: a sample, and the bounds of a value where its schema gives none.
-KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "uuid": ("019aa6b5-9d02-7a31-b0c4-5e8f7a6b1c2d", {"maxLength": 36}),
-    "date-time": ("2026-11-21T13:15:00.123456+00:00", {"maxLength": 32}),
-    "boolean": (False, {}),
-    "integer": (0, {"format": "int32", "minimum": 0, "maximum": 2**31 - 1}),
-    "array": ([], {"maxItems": 1000}),
-    "string": ("string", {"maxLength": 4096}),
-}
+# The header of an answer, what its operation has, and the statuses; without any, all of them.
+HEADERS = [
+    ("ETag", {"If-None-Match"}, "200 304", "The version, for If-Match and If-None-Match."),
+    ("ETag", {"Idempotency-Key"}, "201", "The version, for If-Match and If-None-Match."),
+    ("Link", {"limit"}, "200", '`</path?query>; rel="next"` while more follow, relative to here.'),
+    ("Location", {"Idempotency-Key"}, "201", "The path of what was stored, relative to here."),
+    ("Idempotent-Replayed", {"Idempotency-Key"}, "201", "`true` when the key was used before."),
+    ("WWW-Authenticate", set(), "401", "What was wrong with the token (RFC 6750)."),
+    ("Retry-After", set(), "429 503", "Seconds to wait."),
+    ("RateLimit-Policy", set(), "429", 'The limit: `"user";q=600;w=60`.'),
+    ("RateLimit", set(), "429", 'Seconds until the limit starts again: `"user";r=0;t=30`.'),
+    ("X-Request-ID", set(), "", "The request in the log: the id that came with it, or ours."),
+]
+EXAMPLES: dict[str, Any] = {  # by the format or type of a value whose schema has none
+    "uuid": "019aa6b5-9d02-7a31-b0c4-5e8f7a6b1c2d", "date-time": "2026-11-21T13:15:00.123456+00:00",
+    "boolean": False, "integer": 0, "array": [], "string": "string",
+}  # fmt: skip
 
 
 class DocumentedAPI(FastAPI):
-    """FastAPI with a completed document. `tags` have their order in it, and a description."""
-
-    def __init__(self, tags: dict[str, str], **options: Any) -> None:
-        self.tags = list(tags)
-        options["openapi_tags"] = [{"name": each, "description": tags[each]} for each in tags]
-        options["contact"] = {"name": "Whoever runs this service"}
-        options["license_info"] = {"name": "MIT", "identifier": "MIT"}
-        super().__init__(servers=[{"url": "/", "x-internal": False}], **options)
+    """FastAPI with a completed document."""
 
     def openapi(self) -> dict[str, Any]:
-        return self.openapi_schema or complete(super().openapi(), self.tags)
+        return self.openapi_schema or complete(super().openapi())
 
 
 def errors(*problems: HTTPProblem) -> dict[int | str, dict[str, Any]]:
@@ -66,43 +54,34 @@ def errors(*problems: HTTPProblem) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def complete(document: dict[str, Any], tags: list[str]) -> dict[str, Any]:
-    """Adds errors, headers, examples and bounds, and orders the paths by `tags` and name."""
+def complete(document: dict[str, Any]) -> dict[str, Any]:
+    """The document, without bounds that no schema has: some generators fail on them."""
     schemas = document["components"]["schemas"]
     for schema in schemas.values():
-        schema["examples"] = [example_of(schema, schemas)]
+        schema["examples"] = [example_of(schema, schemas)]  # Swagger UI fills a body with it
     document["components"]["headers"] = {
         name: {"description": text, "schema": {"type": "string"}} for name, _, _, text in HEADERS
     }
-    paths, places = document["paths"], {}
-    for path, item in paths.items():
-        for operation in item.values():
-            complete_operation(operation)
-            places[path] = (tags.index(operation["tags"][0]), path)
-    document["paths"] = {path: paths[path] for _, path in sorted(places.values())}
-    bound(document)
+    for item in document["paths"].values():
+        for method, operation in item.items():
+            names = [parameter["name"] for parameter in operation.get("parameters", ())]
+            complete_operation(operation, {method, *operation, *names})
     return document
 
 
-def complete_operation(operation: dict[str, Any]) -> None:
+def complete_operation(operation: dict[str, Any], has: set[str]) -> None:
     for content in operation.get("requestBody", {}).get("content", {}).values():
+        # A body that may be left out: generators of clients fail on "or null" here.
         content["schema"] = content["schema"].get("anyOf", [content["schema"]])[0]
-    parts = {*operation, *[parameter["name"] for parameter in operation.get("parameters", [])]}
+    operation.setdefault("security", [{}])  # says that anybody may call it
     answers = operation["responses"]
-    for status in sorted({status for part in CAUSES.keys() & parts for status in CAUSES[part]}):
-        answer = errors(HTTPProblem(status))[status]
-        if status < 400:
-            del answer["content"]
-        answers.setdefault(str(status), answer)
-    for other in ("4XX", "5XX"):
-        answers[other] = {"description": f"Any other {other}", "content": {PROBLEM: SCHEMA}}
+    for status in sorted({each for needed, more in STATUSES if needed <= has for each in more}):
+        answers.setdefault(str(status), errors(HTTPProblem(status))[status])
+    answers.get("304", {}).pop("content", None)  # RFC 9110 section 15.4.5
+    answers |= {n: {"description": f"Any other {n}", "content": {PROBLEM: SCHEMA}} for n in OTHER}
     for status, answer in answers.items():
-        answer["headers"] = {
-            name: {"$ref": f"#/components/headers/{name}"}
-            for name, part, statuses, _ in HEADERS
-            if part in parts and (status in statuses.split() or not statuses)
-        }
-    operation.setdefault("security", [{}])
+        names = [n for n, needed, on, _ in HEADERS if needed <= has and (not on or status in on)]
+        answer["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
 def example_of(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
@@ -111,20 +90,8 @@ def example_of(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
     if "$ref" in schema:
         schema = schemas[schema["$ref"].rpartition("/")[2]]
     if "properties" in schema:
-        return {
-            name: example_of(part, schemas)
-            for name, part in schema["properties"].items()
-            if name in schema.get("required", ()) or "examples" in part
-        }
+        shown, parts = schema.get("required", ()), schema["properties"].items()
+        shown = [(name, part) for name, part in parts if name in shown or "examples" in part]
+        return {name: example_of(part, schemas) for name, part in shown}
     kind = schema.get("format") or schema.get("type", "")
-    return schema.get("const") or schema.get("examples", KINDS.get(kind, [None]))[0]
-
-
-def bound(part: Any) -> None:
-    """Says how large each string, number and array can become where the schema does not."""
-    if isinstance(part, dict):
-        kind = part.get("format", part.get("type"))
-        part |= KINDS.get(kind, (None, {}))[1] | part if isinstance(kind, str) else {}
-        part = list(part.values())
-    for each in part if isinstance(part, list) else ():
-        bound(each)
+    return schema.get("const") or schema.get("examples", [EXAMPLES.get(kind)])[0]

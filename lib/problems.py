@@ -8,7 +8,7 @@ keeps the traceback, and with it the request, of the first time.
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import cache
 from http import HTTPStatus
 from inspect import signature
@@ -24,7 +24,7 @@ from starlette.types import Scope
 
 from lib.state import state_of
 
-Respond = Callable[[Request, Exception], Awaitable[Response]]
+Respond = Callable[[Request, Any], Coroutine[Any, Any, Response]]
 RETRY = {"Retry-After": "2"}
 PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # newer than Python 3.11's
 NO_OBJECT = {"missing", "dict_type", "model_type", "model_attributes_type"}  # pydantic's types

@@ -23,6 +23,7 @@ from fastapi.routing import APIRoute
 from pydantic import AfterValidator, AliasChoices, AliasPath, BaseModel, Field
 from starlette.middleware import Middleware
 
+from conftest import SECRET
 from lib.middleware import ErrorResponses, RequestLog
 from lib.routing import PreparedRoutes, prepare
 
@@ -259,14 +260,14 @@ def test_every_route_of_the_service_that_returns_a_response_is_prepared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgresql://nobody@127.0.0.1/nothing")
-    monkeypatch.setenv("JWT_SECRET", "x" * 32)
+    monkeypatch.setenv("JWT_SECRET", SECRET)
     for module in ("auth", "db", "main"):  # another test may have imported them without these
         monkeypatch.delitem(sys.modules, module, raising=False)
     import main
 
     routes = [route for route in main.app.routes if isinstance(route, APIRoute)]
     left = {route.path for route in routes if not prepare(route)}
-    assert left == {"/auth/token", "/health", "/health/ready"}
+    assert left == {"/auth/token", "/auth/logout", "/health", "/health/ready"}
 
 
 @parametrize("kind", ["application/json", "text/plain", "application/jsonp", "x"])

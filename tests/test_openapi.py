@@ -1,0 +1,231 @@
+"""The OpenAPI document: what linters say of it, clients made of it, and that it tells the truth."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from httpx import Client
+
+from conftest import PATH, Server, Task, get, token
+from tests.node import Run
+
+parametrize = pytest.mark.parametrize
+
+
+@pytest.fixture(params=["server", "federated"])
+def document(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The file with the document, once with accounts and once with tokens of an issuer only."""
+    served = get(request.getfixturevalue(request.param).url + "/openapi.json")
+    (tmp_path / "openapi.json").write_bytes(served.content)
+    return "openapi.json"
+
+
+@pytest.mark.slow
+def test_redocly_has_nothing_to_say(run: Run, document: str) -> None:
+    options = ["--extends", "recommended-strict", "--format", "json"]
+    assert json.loads(run("redocly", "lint", *options, document))["problems"] == []
+
+
+LEFT_OUT = {
+    "info-contact": "a service does not know who runs it",
+    "owasp:api2:2023-short-lived-access-tokens": "it wants refresh tokens, which there are not",
+    "owasp:api4:2023-array-limit": "a bound that nothing holds breaks generated clients",
+    "owasp:api4:2023-integer-format": "the bounds say it",
+    "owasp:api4:2023-integer-limit": "a bound that nothing holds breaks generated clients",
+    "owasp:api4:2023-rate-limit": "these headers come with a 429 and nothing else",
+    "owasp:api4:2023-string-limit": "a bound that nothing holds breaks generated clients",
+    "owasp:api9:2023-inventory-access": "it wants x-internal at the one server, the service itself",
+    "owasp:api8:2023-define-cors-origin": "the header comes where a page of an origin asks",
+}
+
+
+@pytest.mark.slow
+@parametrize(
+    ("ruleset", "severity"),
+    [("spectral:oas", "hint"), ("@stoplight/spectral-owasp-ruleset", "error")],
+)
+def test_spectral_has_nothing_to_say(
+    run: Run, workshop: Path, document: str, ruleset: str, severity: str
+) -> None:
+    left = [rule for rule in LEFT_OUT if rule.startswith("owasp") == ("owasp" in ruleset)]
+    rules = {"extends": [ruleset], "rules": dict.fromkeys(left, "off")}
+    (workshop / "rules.yaml").write_text(json.dumps(rules))
+    run("spectral", "lint", "--ruleset", "rules.yaml", "--fail-severity", severity, document)
+
+
+ORVAL = """
+export default {
+  todo: { input: "openapi.json", output: { client: "zod", mode: "single", target: "zod.ts" } },
+};
+"""
+VALIDATE = """
+const client = await import("./zod.js");
+const task = JSON.parse(process.argv[2]);
+client.GetTaskResponse.parse(task);
+console.log(client.GetTaskResponse.safeParse({ ...task, title: "" }).success);
+"""
+
+
+@pytest.mark.slow
+def test_orval_makes_a_zod_client_that_takes_our_tasks(
+    run: Run, workshop: Path, server: Server, task: Task
+) -> None:
+    (workshop / "openapi.json").write_bytes(get(server.url + "/openapi.json").content)
+    (workshop / "package.json").write_text('{"type": "module"}')
+    (workshop / "orval.config.mjs").write_text(ORVAL)
+    (workshop / "validate.mjs").write_text(VALIDATE)
+    run("orval", "--config", "orval.config.mjs")
+    run("tsc", "--target", "es2022", "--module", "nodenext", "zod.ts")
+    assert run("node", "validate.mjs", json.dumps(task)).strip() == "false"
+
+
+TYPED_CLIENT = """
+import createClient from "openapi-fetch";
+import type { components, paths } from "./api.js";
+
+declare const process: { argv: string[] };
+const [baseUrl, token] = process.argv.slice(2);
+const client = createClient<paths>({ baseUrl, headers: { Authorization: `Bearer ${token}` } });
+
+const created = await client.POST("/tasks", { body: { title: "typed" } });
+const task: components["schemas"]["Task"] = created.data!;
+const path = { task_id: task.id };
+const mine = { params: { path: { ...path, user_id: "me" } } };
+const toggled = await client.PATCH("/api/{user_id}/tasks/{task_id}/toggle", mine);
+const page = await client.GET("/tasks", { params: { query: { completed: true, limit: 5 } } });
+const removed = await client.DELETE("/tasks/{task_id}", { params: { path } });
+const missing = await client.GET("/tasks/{task_id}", { params: { path } });
+const code: string = missing.error!.code;
+const { status } = removed.response;
+console.log(JSON.stringify([task.title, toggled.data!.completed, page.data!.length, status, code]));
+"""
+
+
+@pytest.mark.slow
+def test_openapi_typescript_makes_a_client_that_compiles_and_works(
+    run: Run, workshop: Path, server: Server
+) -> None:
+    run("openapi-typescript", server.url + "/openapi.json", "--output", "api.d.ts")
+    (workshop / "package.json").write_text('{"type": "module"}')
+    (workshop / "client.ts").write_text(TYPED_CLIENT)
+    options = {"strict": True, "target": "es2022", "module": "nodenext", "types": []}
+    (workshop / "tsconfig.json").write_text(
+        json.dumps({"compilerOptions": options, "files": ["client.ts"]})
+    )
+    run("tsc")
+    assert json.loads(run("node", "client.js", server.url, token(uuid.uuid4().hex))) == [
+        "typed", True, 1, 200, "task_not_found"
+    ]  # fmt: skip
+
+
+PYTHON_CLIENT = """
+import sys
+from generated import AuthenticatedClient
+from generated.api.tasks import create_task, get_task, list_tasks_of_user, toggle_task
+from generated.models import Problem, Task, TaskCreate
+from generated.models.toggle import Toggle
+
+client = AuthenticatedClient(base_url=sys.argv[1], token=sys.argv[2], verify_ssl=False)
+task = create_task.sync(client=client, body=TaskCreate(title="typed"))
+assert isinstance(task, Task) and task.title == "typed" and task.description is None
+assert toggle_task.sync(task.id, client=client, body=Toggle(completed=True)).completed
+assert [each.id for each in list_tasks_of_user.sync("me", client=client)] == [task.id]
+problem = get_task.sync("01a00000-0000-7000-8000-000000000000", client=client)
+assert isinstance(problem, Problem) and problem.code == "task_not_found" and problem.status == 404
+"""
+
+
+@pytest.mark.slow
+def test_openapi_python_client_makes_a_client_that_compiles_and_works(
+    server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "openapi.json").write_bytes(get(server.url + "/openapi.json").content)
+    (tmp_path / "use.py").write_text(PYTHON_CLIENT)
+    generate = "-m openapi_python_client generate --meta none --fail-on-warning --path openapi.json"
+    for arguments in (
+        [*generate.split(), "--output-path", "generated"],
+        ["-m", "compileall", "-q", "generated"],
+        ["use.py", server.url, token(uuid.uuid4().hex)],
+    ):
+        command, environ = [sys.executable, *arguments], os.environ | {"PATH": PATH}
+        subprocess.run(command, cwd=tmp_path, env=environ, check=True, timeout=300)
+
+
+def test_each_schema_has_an_example_with_every_field_it_requires(server: Server) -> None:
+    for name, schema in get(server.url + "/openapi.json").json()["components"]["schemas"].items():
+        [example] = schema["examples"]
+        assert set(schema.get("required", ())) <= set(example) <= set(schema["properties"]), name
+
+
+def test_operation_ids_can_be_read_and_stay_what_they_are(server: Server) -> None:
+    paths = get(server.url + "/openapi.json").json()["paths"]
+    ids = {operation["operationId"] for item in paths.values() for operation in item.values()}
+    words = ["create", "get", "update", "patch", "delete", "complete", "toggle"]
+    of_tasks = {"list_tasks", *[word + "_task" for word in words]}
+    of_tasks |= {"complete_task_by_post", "toggle_task_by_post"}
+    of_users = {name + "_of_user" for name in of_tasks}
+    others = {"register", "login", "login_by_form", "logout", "me", "health", "ready", "root"}
+    others |= {"change_password", "delete_account"}
+    assert ids == of_tasks | of_users | others
+
+
+def test_no_write_is_documented_with_a_304(server: Server) -> None:
+    paths = get(server.url + "/openapi.json").json()["paths"]
+    methods = {
+        m for item in paths.values() for m, each in item.items() if "304" in each["responses"]
+    }
+    assert methods == {"get"}
+
+
+ORIGIN = {"Origin": "https://app.example"}
+JSON = {"Content-Type": "application/json"}
+STALE = {"If-Match": '"0"'}
+REQUESTS: list[tuple[str, str, dict[str, Any], int]] = [
+    ("GET", "/tasks", {}, 200),
+    ("GET", "/tasks", {"params": {"limit": 1}}, 200),
+    ("GET", "/tasks", {"headers": {"If-None-Match": "*"}}, 304),
+    ("GET", "/tasks", {"params": {"limit": 0}}, 422),
+    ("GET", "/tasks", {"headers": {"Authorization": ""}}, 401),
+    ("POST", "/tasks", {"json": {"title": "x"}}, 201),
+    ("POST", "/tasks", {"json": {"title": ""}}, 422),
+    ("POST", "/tasks", {"content": "{", "headers": JSON}, 400),
+    ("POST", "/tasks", {"content": "x"}, 415),
+    ("POST", "/tasks", {"content": b"x" * 200_000}, 413),
+    ("POST", "/tasks", {"json": {"title": "x"}, "headers": {"Idempotency-Key": "a b"}}, 400),
+    ("GET", "/tasks/{task_id}", {}, 200),
+    ("GET", "/tasks/{task_id}", {"headers": {"If-None-Match": "*"}}, 304),
+    ("GET", "/api/{user_id}/tasks/{task_id}", {}, 403),
+    ("PUT", "/tasks/{task_id}", {"json": {"title": "y"}, "headers": STALE}, 412),
+    ("PATCH", "/tasks/{task_id}/complete", {}, 200),
+    ("DELETE", "/tasks/{task_id}", {"headers": STALE}, 412),
+    ("DELETE", "/tasks/{task_id}", {}, 200),
+    ("GET", "/auth/me", {}, 200),
+    ("POST", "/auth/login", {"json": {"email": "a@example.com", "password": "wrong"}}, 401),
+    ("GET", "/health", {"content": b"x" * 200_000}, 413),
+    ("GET", "/health/ready", {}, 200),
+    ("GET", "/", {}, 200),
+]
+
+
+@parametrize(("method", "path", "request_", "status"), REQUESTS)
+def test_every_answer_is_documented_with_its_type_and_headers(
+    api: Client, task: Task, method: str, path: str, request_: Any, status: int
+) -> None:
+    api.post("/tasks", json={"title": "another, so that there is a next page"})
+    concrete = path.format(task_id=task["id"], user_id="somebody")
+    headers = ORIGIN | request_.get("headers", {})
+    response = api.request(method, concrete, **request_ | {"headers": headers})
+    documented = api.get("/openapi.json").json()["paths"][path][method.lower()]["responses"]
+    answer = documented.get(str(status)) or documented[f"{status // 100}XX"]
+    kind = response.headers.get("content-type")
+    unspoken = {"content-length", "content-type", "date", "server", "vary", "connection"}
+    unspoken |= {"cache-control"}
+    unspoken |= {name for name in response.headers if name.startswith("access-control-")}
+    assert response.status_code == status
+    assert ([kind] if kind else []) == list(answer.get("content", {}))
+    assert set(response.headers) - unspoken <= {name.lower() for name in answer["headers"]}
