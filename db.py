@@ -344,7 +344,7 @@ def to_task(result: Result) -> TaskJSON | None:
 def to_page(lines: bytes, *, has_surplus: bool) -> Page:
     """A page of tasks, one a line. A surplus task at the end is left out, and so is what is beyond
     PAGE_BYTES. One task is always less than that, because a request's body is."""
-    is_cut = len(lines) > PAGE_BYTES
+    is_cut = len(lines) >= PAGE_BYTES  # the statement sends no more characters
     if not is_cut and not has_surplus:
         return Page(b"[" + lines + b"]", None, is_cut=False)
     shown = lines[: lines.rindex(b",\n", 0, PAGE_BYTES)]

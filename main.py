@@ -200,7 +200,9 @@ class AccessToken(SQLModel):
 task_not_found = partial(HTTPProblem, 404, "Task not found", "task_not_found")  # or not the user's
 malformed_id = partial(HTTPProblem, 404, "Task not found: ids are UUIDs", "task_not_found")
 identity_mismatch = partial(HTTPProblem, 403, "User identity mismatch", reason="another's path")
-page_too_large = partial(HTTPProblem, 422, "Over 1 MB: ask for a smaller limit, or follow Link")
+page_too_large = partial(
+    HTTPProblem, 422, "Over 1 MB: ask for a smaller limit, or follow Link", "page_too_large"
+)
 account_gone = partial(Unauthorized, description="the account of this token has been deleted")
 unavailable = partial(HTTPProblem, 503, "The database is not available", "unavailable", RETRY)
 invalid = partial(HTTPProblem, 422, "The database cannot store this", "invalid_value")

@@ -286,6 +286,25 @@ def test_pages_neither_repeat_nor_skip_when_tasks_come_and_go(api: Client, ten: 
     assert api.get(first.links["next"]["url"]).json() == ten[5:]
 
 
+@pytest.fixture
+def large(api: Client) -> None:
+    """Forty tasks of 30 KB as JSON: more than a page holds."""
+    for _ in range(40):
+        api.post("/tasks", json={"title": "x", "description": "\x01" * 5000}).raise_for_status()
+
+
+@parametrize("query", ["page=1", "offset=0", "skip=1", "page=1&limit=40"])
+def test_a_page_by_number_that_would_be_cut_is_422(api: Client, large: None, query: str) -> None:
+    problem = refusal(api.get("/tasks?" + query), 422, "page_too_large")
+    assert "ask for a smaller limit, or follow Link" in problem["detail"]
+
+
+def test_pages_by_number_that_hold_their_tasks_lose_none(api: Client, large: None) -> None:
+    pages = [api.get("/tasks", params={"page": n, "limit": 20}).json() for n in (1, 2)]
+    assert len({task["id"] for page in pages for task in page}) == 40
+    assert "next" in api.get("/tasks").links
+
+
 @parametrize("query", [*BAD_CURSORS, "status=x"])
 def test_a_query_against_the_schema_is_422(api: Client, query: str) -> None:
     refusal(api.get("/tasks?" + query), 422, "unprocessable_content")

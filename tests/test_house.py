@@ -44,6 +44,16 @@ def test_the_route_tables_are_the_apps(public: Client) -> None:
     assert set(in_main) == set(in_readme) == {tuple(route.split()) for route in roots}
 
 
+def test_the_document_says_what_a_token_is_and_that_a_body_may_be_400(public: Client) -> None:
+    document = public.get("/openapi.json").json()
+    [scheme] = document["components"]["securitySchemes"].values()
+    assert scheme["flows"]["password"]["tokenUrl"] == "auth/token"
+    operations = [operation for item in document["paths"].values() for operation in item.values()]
+    bodies = [operation for operation in operations if "requestBody" in operation]
+    assert len(bodies) > 10
+    assert all("400" in operation["responses"] for operation in bodies)
+
+
 def test_each_task_route_stands_under_both_roots(public: Client) -> None:
     routes = documented_routes(public)
     tasks = {route for route in routes if " /tasks" in route}
