@@ -146,7 +146,7 @@ def test_no_floor_of_the_house_outgrows_its_readers(
 
 def test_the_map_of_lib_names_each_of_its_modules() -> None:
     named = re.findall(r"^    ([a-z_]+) ", text_of("lib/__init__.py"), re.M)
-    assert sorted(named) == sorted(set(each[4:-3] for each in LIB) - {"__init__"})
+    assert sorted(named) == sorted({each[4:-3] for each in LIB} - {"__init__"})
 
 
 @parametrize("name", LIBRARY)
