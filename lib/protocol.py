@@ -1,29 +1,169 @@
-"""uvicorn's HTTP protocol, which drops a client that takes nothing of its response for a while.
+"""uvicorn's HTTP protocol, with bounds on what a client can make a connection hold, and how long.
 
     uvicorn main:app --http lib.protocol:Protocol
 
-uvicorn itself waits for ever: a client that asks for a page and never reads it holds the page.
-After a reset it keeps the connection's objects until the keep-alive would have ended.
+uvicorn reads heads of any size, and waits for ever for their end and for clients that do not read.
 """
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import json
+import re
+import socket
+from asyncio import TimerHandle
+from typing import Any, ClassVar
+from uuid import uuid4
 
-WRITE_TIMEOUT = 30  # seconds without a byte taken
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from lib.problems import HTTPProblem
+from lib.readers import Readers
+
+MAX_HEAD = 65_536  # bytes of a request's target, header and trailer together
+MAX_PIPELINED = 32  # requests of a connection that wait for the one before
+HEAD_TIMEOUT = 10  # seconds for a head, from its first byte or from the connection's start
+LINGER = 2  # seconds that a refused client has to read the refusal
+UNREAD = 65_536  # bytes of a response that the kernel holds unsent; above, the client is watched
+READ_TIMEOUT = 60  # seconds to take a response
+
+REFUSALS = {
+    400: "This is not HTTP/1.1",
+    414: f"The target of the request is larger than {MAX_HEAD} bytes",
+    431: f"The head of the request is larger than {MAX_HEAD} bytes",
+}
+UPGRADE = re.compile(rb"\nupgrade:", re.I)
 
 
 class Protocol(HttpToolsProtocol):
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._unset_keepalive_if_required()
+    """A connection. The transport, the parser and uvicorn call the methods that override."""
+
+    readers: ClassVar[Readers] = Readers()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.timers: dict[str, TimerHandle] = {}
+        self.size = 0  # bytes of the request's target, header and trailer that were parsed
+        self.unparsed = 0  # bytes of a line that has not ended yet
+        self.in_head = self.refused = False
+        self.status = 400  # of the refusal, when the parser is made to stop
+
+    def start(self, timer: str, seconds: float, end: Any) -> None:
+        """Starts a timer that does not run yet."""
+        if timer not in self.timers:
+            self.timers[timer] = self.loop.call_later(seconds, end)
+
+    def stop(self, timer: str) -> None:
+        if timer in self.timers:
+            self.timers.pop(timer).cancel()
+
+    # Called by the transport.
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(UNREAD)
+        if self.client:  # else it is a Unix socket
+            peer = transport.get_extra_info("socket")
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
+        self.start("head", HEAD_TIMEOUT, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        if self.refused:
+            return
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and b"pgrade:" in data:
+            # httptools takes what follows an Upgrade (Java asks for h2c) for another protocol.
+            head, end, body = data.partition(b"\r\n\r\n")
+            data = UPGRADE.sub(b"\nx-grade:", head) + end + body
+        self.unparsed += len(data)
+        super().data_received(data)
+        if self.unparsed > MAX_HEAD and not self.refused:
+            self.refuse(431)
+        elif self.cycle is None or self.cycle.response_complete:
+            self.start("head", HEAD_TIMEOUT, self.transport.close)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.watch()
+        state = self.scope["state"].get("request")
+        self.start("read", READ_TIMEOUT, self.transport.abort)
+        self.readers.add(self.transport, state.user_id or state.client if state else "")
 
-    def watch(self, left: int = 0) -> None:
-        """Drops the client if as much is `left` to write as WRITE_TIMEOUT seconds before."""
-        size = self.transport.get_write_buffer_size()
-        if size == left and size:
-            self.transport.abort()
-        elif self.flow.write_paused and not self.transport.is_closing():
-            self.loop.call_later(WRITE_TIMEOUT, self.watch, size)
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.stop("read")
+        self.readers.discard(self.transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves it to run after a reset
+        self.readers.discard(self.transport)
+        for timer in [*self.timers]:
+            self.stop(timer)
+
+    # Called by the parser. After an exception it stops, and uvicorn calls send_400_response().
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.size, self.in_head = 0, True
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self.count(len(url), 414)
+
+    def on_header(self, name: bytes, value: bytes) -> None:  # and of a trailer
+        super().on_header(name, value.rstrip(b" \t"))  # RFC 9110 section 5.5
+        self.unparsed = 0
+        self.count(len(name) + len(value) + 4, 431)
+
+    def count(self, size: int, status: int) -> None:
+        """Adds to the size of a head. Raises ValueError when it is too large."""
+        self.size += size
+        if self.size > MAX_HEAD:
+            self.status = status
+            raise ValueError
+
+    def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError
+        self.unparsed, self.in_head = 0, False
+        self.stop("head")
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self.unparsed = 0
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():  # it closes when the client has taken the response
+            self.start("read", READ_TIMEOUT, self.transport.abort)
+        elif self.in_head:
+            self.start("head", HEAD_TIMEOUT, self.transport.close)
+
+    # Refusals.
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(self.status)
+
+    def refuse(self, status: int) -> None:
+        """Closes the connection after a problem, or after the answers to the requests before."""
+        self.refused, cycle = True, self.cycle
+        answered = cycle is None or cycle.response_complete
+        if not answered and (self.pipeline or not cycle.more_body):
+            cycle.keep_alive = False
+            return
+        if not answered:  # it is this request's trailer that is too large
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if answered or not cycle.response_started:
+            self.transport.write(problem(status, self.server_state.default_headers))
+        # To close at once would reset the connection of a client that still sends.
+        self.transport.write_eof()
+        self.start("linger", LINGER, self.transport.abort)
+
+
+def problem(status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """A response that ends a connection (RFC 9457, RFC 9112 section 9.6)."""
+    request_id = uuid4().hex
+    body = json.dumps(HTTPProblem(status, REFUSALS[status]).members(request_id)).encode()
+    lines = [b"%s: %s" % header for header in headers]
+    lines += [b"content-type: application/problem+json", b"content-length: %d" % len(body)]
+    lines += [b"x-request-id: " + request_id.encode(), b"connection: close"]
+    return STATUS_LINE[status] + b"\r\n".join([*lines, b"", body])

@@ -9,20 +9,140 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import uvloop
 from httpx import Client
 
-from conftest import Server, get, serving
+from conftest import Server, connect, get, memory, raw, serving, token
 from lib import serve
+from lib.readers import Readers
 
 parametrize = pytest.mark.parametrize
 needs_wrk = pytest.mark.skipif(
     subprocess.run(["which", "wrk"], stdout=subprocess.DEVNULL).returncode != 0,
     reason="wrk is not installed",
 )
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+
+
+# Heads.
+
+
+def create(headers: bytes) -> bytes:
+    """The head of a request that creates a task."""
+    usual = b"POST /tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return usual + f"Authorization: Bearer {token('u')}\r\n".encode() + headers + b"\r\n\r\n"
+
+
+CHUNK = b"e\r\n" + b'{"title": "x"}' + b"\r\n"
+TRAILER = create(b"Transfer-Encoding: chunked") + CHUNK + b"0\r\n"
+HEADS = {
+    "many-headers": (431, HEALTH, b"A: b\r\n"),
+    "a-long-header": (431, HEALTH + b"A: ", b"x"),
+    "a-long-target": (414, b"GET /", b"x"),
+    "many-trailers": (431, TRAILER, b"A: b\r\n"),
+    "a-long-trailer": (431, TRAILER + b"A: ", b"x"),
+    "a-chunk-extension": (431, TRAILER.replace(b"0\r\n", b"0;"), b"x"),
+}
+
+
+@parametrize(("status", "start", "more"), HEADS.values(), ids=HEADS)
+def test_a_head_beyond_64_kb_is_refused_in_2_mb(
+    status: int, start: bytes, more: bytes, server: Server
+) -> None:
+    get(server.url + "/health")
+    before = memory(server)
+    with connect(server) as connection:
+        connection.sendall(start)
+        for _ in range(300):  # 20 MB
+            connection.sendall(more * (65_536 // len(more)))
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"application/problem+json" in answer and b"connection: close" in answer
+    assert memory(server) - before < 2
+
+
+@pytest.mark.slow
+def test_a_head_that_has_not_ended_after_10_seconds_is_closed(server: Server) -> None:
+    starts = [b"", b"\r\n", HEALTH, HEALTH + b"\r\n" + HEALTH]
+    with ExitStack() as stack:
+        connections = [stack.enter_context(connect(server)) for _ in starts]
+        for connection, start in zip(connections, starts, strict=True):
+            connection.sendall(start)
+        for n in range(8):
+            time.sleep(1)
+            for connection in connections[2:]:
+                connection.sendall(b"A: %d\r\n" % n)
+        started = time.monotonic()
+        for connection in connections:
+            while connection.recv(65_536):
+                pass
+        assert 1 < time.monotonic() - started < 5
+
+
+def test_what_a_client_pipelines_is_answered_up_to_32_requests(server: Server) -> None:
+    answers = raw(server, (HEALTH + b"\r\n") * 200)
+    assert answers.count(b"HTTP/1.1 200 ") == 33  # one is served, 32 wait
+    assert answers.count(b"connection: close") == 1
+
+
+def test_a_request_is_answered_before_what_is_no_http_behind_it(server: Server) -> None:
+    answer = raw(server, HEALTH + b"\r\n\0")
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1") == 1
+
+
+def test_an_upgrade_to_http2_is_ignored_as_java_expects(server: Server) -> None:
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+    body = b'{"title": "x"}'
+    answer = raw(server, create(upgrade + b"Content-Length: 14") + body + HEALTH + b"\r\n", 1)
+    assert answer.startswith(b"HTTP/1.1 201 ") and b"HTTP/1.1 200 " in answer
+
+
+# Readers.
+
+
+def page_of_a_megabyte(api: Client) -> bytes:
+    """A request for it."""
+    for _ in range(200):
+        api.post("/tasks", json={"title": "x", "description": "x" * 5000})
+    sent = f"Authorization: {api.headers['Authorization']}\r\n".encode()
+    return b"GET /tasks HTTP/1.1\r\nHost: x\r\n" + sent + b"\r\n"
+
+
+def test_the_kernel_holds_little_of_a_page_that_is_not_read(server: Server, api: Client) -> None:
+    with connect(server) as deaf:
+        deaf.sendall(page_of_a_megabyte(api))
+        time.sleep(1)
+        ports = f":{server.port:04X} 0100007F:{deaf.getsockname()[1]:04X} "
+        [line] = [each for each in Path("/proc/net/tcp").read_text().splitlines() if ports in each]
+        assert 0 < int(line.split()[4].split(":")[0], 16) < 300_000  # tx_queue; 900,000 without
+
+
+class Transport:
+    def __init__(self, size: int) -> None:
+        self.size, self.aborted = size, False
+
+    def get_write_buffer_size(self) -> int:
+        return self.size
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def test_beyond_32_mb_unread_the_client_that_holds_most_loses_its_oldest_connection() -> None:
+    readers, victim = Readers(), cast(Any, Transport(900_000))
+    readers.add(victim, "victim")
+    greedy: list[Any] = [Transport(1_000_000) for _ in range(40)]
+    for each in greedy:
+        readers.add(each, "greedy")
+    assert [each.aborted for each in greedy] == [True] * 9 + [False] * 31
+    assert not victim.aborted
 
 
 # Proxies.
