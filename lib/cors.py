@@ -51,10 +51,13 @@ def cors(origins: str, setting: str, respond: Respond) -> Middleware:
     """CORS for origins separated by commas, like https://app.example.com or tauri://localhost.
 
     A * stands for one label or a part of it, as in https://*.example.com, or alone for any origin.
+    Quotes and brackets, as in a list of JSON, are no part of an origin.
     Raises SystemExit for what no browser sends as an origin.
     """
     try:
-        allowed = [normalize(each.strip()) for each in origins.split(",") if each.strip()]
+        parts = origins.removeprefix("[").removesuffix("]") if origins[:1] == "[" else origins
+        listed = [each.strip(" \t\r\n\"'") for each in parts.split(",")]
+        allowed = [normalize(each) for each in listed if each]
     except ValueError:
         text = (
             "takes origins like https://app.example.com or https://*.example.com, no / at the end"

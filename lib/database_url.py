@@ -38,7 +38,7 @@ def connection_string(database_url: str, schema: str) -> str:
     that means something and cannot be heeded, or another mistake. The line never has a password.
     """
     pasted = PASTED.fullmatch(database_url.strip("\ufeff\u200b \t\r\n"))
-    text = re.sub(r"\s*[\r\n]\s*", "", pasted[2]) if pasted else ""
+    text = pasted[2].strip() if pasted else ""
     if not text:
         raise SystemExit("DATABASE_URL is not set: the service needs a PostgreSQL database")
     if "://" in text:

@@ -29,7 +29,7 @@ POOLER_TIMEOUT = 2.0  # seconds after which a pooler is taken to have one server
 HOPELESS_STATES = ("0A", "22", "28", "3D", "42", "55000")
 HOPELESS = re.compile(
     r"certificate|private key|not support SSL|channel binding|weak sslmode|invalid .*(value|port)"
-    r"|no password supplied|authentication (failed|method)|could not translate|service not known"
+    r"|no password supplied|authentication (failed|method)|could not translate|not known|No address"
     r"|received invalid|expected authentication|unsupported startup|no such (database|user)"
     r"|does not exist|not (be )?found|is not specified|is disabled|not permitted|no pg_hba"
 )
@@ -154,7 +154,7 @@ class Preparation:
             create = "CREATE DATABASE todo ENCODING 'UTF8' TEMPLATE template0"
             raise NotReady(f"the database has the encoding {encoding}, it has to be UTF8: {create}")
         role = f"ALTER ROLE {connection.info.user} SET"
-        if zone not in ("UTC", "Etc/UTC") or not style.startswith("ISO"):
+        if not re.fullmatch("(Etc/)?(UTC|UCT|GMT)", zone) or not style.startswith("ISO"):
             text = f"{role} timezone = 'UTC'; {role} datestyle = 'ISO'"
             raise NotReady(f"a pooler keeps the time zone {zone} and the DateStyle {style}: {text}")
         if isolation != "read committed":
@@ -242,10 +242,10 @@ async def explain(failure: psycopg.OperationalError, conninfo: str) -> str:
     # DETAIL and HINT follow the line that counts. Of several addresses one may have a server.
     line = next((line for line in lines if re.search("FATAL|ERROR", line)), lines[0])
     error = f"DATABASE_URL does not work: {line}"
-    sqlstate = failure.sqlstate
-    if sqlstate is None:  # there was no connection
+    hopeless, sqlstate = HOPELESS.search(line), failure.sqlstate
+    if sqlstate is None and not hopeless:  # there was no connection
         sqlstate = await asyncio.to_thread(sqlstate_of_connecting, conninfo)
-    if sqlstate.startswith(HOPELESS_STATES) or HOPELESS.search(line):
+    if hopeless or (sqlstate or "").startswith(HOPELESS_STATES):
         raise NotReady(error) from None
     return error
 

@@ -9,6 +9,7 @@ The environment wins over .env. White space and quotes around a value are not pa
 dashboards, `docker --env-file` and copied lines leave them there. An empty value counts as none.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +35,8 @@ class BaseSettings(pydantic_settings.BaseSettings):
         text = value.strip()
         if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
             text = text[1:-1].strip()
+        if re.search(r"[\r\n]", re.sub(r"\s*,\s*", ",", text)):  # a list may have one at a comma
+            raise ValueError("has a line break in it")
         return text or cls.model_fields[str(info.field_name)].default
 
     @classmethod

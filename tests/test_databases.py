@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import socket
 import struct
 import threading
@@ -129,17 +130,23 @@ def by_hand(empty: str) -> str:
 
 
 USAGE = "GRANT USAGE ON SCHEMA todo TO"
-POLICY = "CREATE POLICY all_{0} ON todo.{0} TO public USING (true) --"
 RLS = [f"ALTER TABLE todo.{table} ENABLE ROW LEVEL SECURITY --" for table in ("users", "tasks")]
+
+
+def lines_to_type(heading: str) -> list[str]:
+    """The SQL that docs/DATABASES.md has below a heading, for the role of these tests."""
+    text = (HERE / "docs/DATABASES.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = "".join(re.findall(r"```sql\n(.*?)```", text, re.DOTALL)).splitlines()
+    typed = [re.sub("todo_(app|owner)", ROLE, line) for line in lines if "CREATE ROLE" not in line]
+    assert typed
+    return [f"{line} --" for line in typed]
 
 
 def test_a_role_that_may_only_change_rows_starts_on_a_schema_applied_by_hand(
     by_hand: str, tmp_path: Path
 ) -> None:
     with (
-        role(
-            by_hand, USAGE, f"GRANT {DML} TO", *RLS, *map(POLICY.format, ("users", "tasks"))
-        ) as url,
+        role(by_hand, *RLS, *lines_to_type("A role that may only change rows")) as url,
         serving(url, tmp_path / "log") as server,
         client(server) as api,
     ):
@@ -147,6 +154,12 @@ def test_a_role_that_may_only_change_rows_starts_on_a_schema_applied_by_hand(
         assert api.get("/tasks").json() == [task]
         [message] = [line["message"] for line in server.log() if line["level"] == "WARNING"]
         assert message == "the schema was not applied: permission denied for schema todo"
+
+
+def test_a_role_that_owns_the_schema_and_nothing_else_applies_it(empty: str) -> None:
+    with role(empty, *lines_to_type("A database shared with others")) as url:
+        prepared(url)
+        assert query(url, "SELECT count(*) FROM todo.tasks") == [(0,)]
 
 
 @parametrize(
@@ -252,7 +265,7 @@ WORKS = "postgresql://u:p%40@h:1/d"
     "given",
     [
         f" {WORKS}\r\n", f"psql '{WORKS}'", f'psql "{WORKS}"', f"DATABASE_URL={WORKS}",
-        f"export DATABASE_URL='{WORKS}';", WORKS.replace("/d", "\n  /d"), f"\ufeff{WORKS}",
+        f"export DATABASE_URL='{WORKS}';", f"\ufeff{WORKS}",
         WORKS.replace("postgresql", "postgres"), WORKS.replace("postgresql", "postgresql+asyncpg"),
         WORKS.replace("postgresql", "postgresql+psycopg"), "jdbc:postgresql://h:1/d?user=u&password=p%40",
         f"{WORKS}?schema=public&pgbouncer=true&connection_limit=1&pool_timeout=0&socket_timeout=9",
