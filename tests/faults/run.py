@@ -11,7 +11,6 @@ in a new database of a PostgreSQL that the runs share.
 import argparse
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -69,13 +68,26 @@ def make(fault: Fault, folder: Path) -> str:
     return text
 
 
+def find_test(name: str) -> str:
+    """The node id of the only test whose name begins so, in whichever file it is."""
+    places = ["test_main.py", "tests/**/test_*.py", "pgpipeline/tests/test_*.py"]
+    files = [path for place in places for path in HERE.glob(place)]
+    found = [
+        (path, each) for path in files for each in re.findall(rf"def ({name}\w*)", path.read_text())
+    ]
+    if len(found) != 1:
+        raise Missing(f"{len(found)} tests called {name}…")
+    [(path, full)] = found
+    return f"{path.relative_to(HERE)}::{full}"
+
+
 def run_test(folder: Path, test: str) -> tuple[int, str]:
     """Runs a test in a copy. Returns pytest's exit code, 1 if it hung, and its last line."""
     name = f"fault_{next(numbers)}_test"
     with psycopg.connect(local.server.get_uri(), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
-    command += [*shlex.split(test), f"--basetemp={folder.parent / 'temp'}"]
+    command += [find_test(test), f"--basetemp={folder.parent / 'temp'}"]
     environ = os.environ | {"TEST_DATABASE_URL": local.server.get_uri(name)}
     environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take seconds to import
     output = folder.parent / "output"
@@ -115,6 +127,7 @@ def check(faults: list[Fault]) -> list[str]:
     for fault in faults:
         try:
             make(fault, HERE)
+            find_test(fault.test)
         except Missing as error:
             lines.append(f"MISSING  {fault}  [{error}]")
     return lines
