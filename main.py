@@ -346,12 +346,12 @@ async def list_tasks(
     same however far it is. Pages by `offset` (or `skip`) or `page` (from 1) cost more and more.
     """
     skipped = (offset or 0) + ((page or 1) - 1) * limit
-    tasks = await db.select_tasks(user_id, completed, after, skipped, limit)
-    if tasks.is_cut and (offset, page) != (None, None):  # the next offset or page would skip tasks
+    found = await db.select_tasks(user_id, completed, after, skipped, limit)
+    if found.is_cut and (offset, page) != (None, None):  # the next offset or page would skip tasks
         raise page_too_large()
-    headers = {"Link": next_link(request, tasks.last_id)} if tasks.last_id else {}
-    etag = f'"{hashlib.sha256(tasks.json).hexdigest()[:32]}"'
-    return conditions.respond(tasks.json, etag, headers)
+    headers = {"Link": next_link(request, found.last_id)} if found.last_id else {}
+    etag = f'"{hashlib.sha256(found.json).hexdigest()[:32]}"'
+    return conditions.respond(found.json, etag, headers)
 
 
 @route("GET", "/tasks/{task_id}", response_model=Task)

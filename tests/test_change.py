@@ -1,4 +1,7 @@
-"""A new field takes at most seven places: this adds `due_date` in a copy, as README tells it."""
+"""A new field takes at most seven places, a route three, an envelope three lines.
+
+This changes a copy of the service as README tells it, and uses what came of it.
+"""
 
 import subprocess
 import sys
@@ -20,28 +23,63 @@ from conftest import (
     wait_for_start,
 )
 
+Places = list[tuple[str, str, str]]  # a file, a text in it, and what is added below or replaces it
 DATE = "date | None"
-PLACES = [
+FIELD: Places = [
     ("schema.sql", "    description text,\n", "    due_date    date,\n"),
-    ("schema.sql", None, "ALTER TABLE todo.tasks ADD COLUMN IF NOT EXISTS due_date date;\n"),
+    ("schema.sql", "", "ALTER TABLE todo.tasks ADD COLUMN IF NOT EXISTS due_date date;\n"),
     ("db.py", '"description", "completed"]', '"description", "completed", "due_date"]'),
     ("main.py", "from datetime import datetime", "from datetime import date, datetime"),
     ("main.py", "    description: Description = NOT_SENT\n", f"    due_date: {DATE} = NOT_SENT\n"),
     ("main.py", "    description: Description = None\n", f"    due_date: {DATE} = None\n"),
     ("main.py", "    description: Description\n", f"    due_date: {DATE}\n"),
 ]
+COUNT = """COUNT_TASKS = Statement("COUNT_TASKS", \"""
+SELECT count(*)
+FROM todo.tasks
+WHERE user_id = %(user_id)s
+\""")
 
 
-def add_due_date(folder: Path) -> None:
-    """Replaces the text of each place, or adds a line below it in a schema."""
-    for name, found, text in PLACES:
+async def count_tasks(user_id: str) -> int:
+    [(count,)] = await fetch(COUNT_TASKS, user_id=user_id)
+    return int(count)
+
+
+class Page(NamedTuple):
+"""
+GET_COUNT = """@route("GET", "/tasks/count", response_model=dict[str, int])
+async def count_tasks(user_id: CurrentUser) -> Response:
+    return JSONResponse({"count": await db.count_tasks(user_id)})
+
+
+@route("GET", "/tasks/{task_id}", response_model=Task)
+"""
+ROUTE: Places = [
+    ("db.py", "class Page(NamedTuple):\n", COUNT),
+    ("main.py", '@route("GET", "/tasks/{task_id}", response_model=Task)\n', GET_COUNT),
+    (
+        "main.py",
+        "    GET    /tasks/{task_id}",
+        "    GET    /tasks/count\n    GET    /tasks/{task_id}",
+    ),
+]
+TASKS = "class Tasks(SQLModel):\n    tasks: list[Task]\n\n\nclass User(SQLModel):\n"
+ENVELOPE: Places = [
+    ("main.py", "class User(SQLModel):\n", TASKS),
+    ("main.py", "response_model=list[Task]", "response_model=Tasks"),
+    ("main.py", "respond(found.json,", "respond(b'{\"tasks\":' + found.json + b'}',"),
+]
+
+
+def change(folder: Path, places: Places) -> None:
+    """Replaces the text of each place, or adds a line below it or at the end."""
+    for name, found, text in places:
         source = (folder / name).read_text()
-        if found is None:
-            source += text
-        else:
-            assert source.count(found) == 1, (name, found)
-            source = source.replace(found, found + text if text.startswith("    due") else text)
-        (folder / name).write_text(source)
+        assert source.count(found) == 1 or not found, (name, found)
+        below = text.startswith("    due")
+        made = source.replace(found, found + text if below else text) if found else source + text
+        (folder / name).write_text(made)
 
 
 @pytest.fixture
@@ -52,7 +90,7 @@ def changed(empty: str, tmp_path: Path) -> Iterator[str]:
         assert made.status_code == 201
     folder = tmp_path / "changed"
     copy_service(folder)
-    add_due_date(folder)
+    change(folder, FIELD + ROUTE + ENVELOPE)
     port, log = free_port(), tmp_path / "log"
     command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port)]
     with log.open("wb") as output:
@@ -65,13 +103,26 @@ def changed(empty: str, tmp_path: Path) -> Iterator[str]:
     process.wait(30)
 
 
-def test_a_field_takes_at_most_seven_places() -> None:
-    assert len(PLACES) <= 7
+def test_a_field_takes_at_most_seven_places_and_a_route_three() -> None:
+    assert (len(FIELD) <= 7, len(ROUTE) <= 3, len(ENVELOPE) <= 3) == (True, True, True)
+
+
+def test_a_new_route_counts_the_users_tasks(changed: str) -> None:
+    for root in ("/tasks", "/todos", "/api/me/tasks"):
+        assert get(f"{changed}{root}/count", headers=bearer(token("u"))).json() == {"count": 1}
+        assert get(f"{changed}{root}/count", headers=bearer(token("v"))).json() == {"count": 0}
+
+
+def test_a_list_can_stand_in_an_envelope(changed: str) -> None:
+    answer = get(changed + "/tasks", headers=bearer(token("u")))
+    assert [task["title"] for task in answer.json()["tasks"]] == ["old"]
+    schemas = get(changed + "/openapi.json").json()["components"]["schemas"]
+    assert schemas["Tasks"]["properties"]["tasks"]["items"] == {"$ref": "#/components/schemas/Task"}
 
 
 def test_a_new_field_is_created_read_changed_and_kept(changed: str) -> None:
     with Client(base_url=changed, headers=bearer(token("u")), verify=False) as api:
-        [old] = api.get("/tasks").json()
+        [old] = api.get("/tasks").json()["tasks"]
         assert (old["title"], old["due_date"]) == ("old", None)
         made = api.post("/tasks", json={"title": "new", "due_date": "2027-01-31"}).json()
         path = "/tasks/" + made["id"]
@@ -79,7 +130,7 @@ def test_a_new_field_is_created_read_changed_and_kept(changed: str) -> None:
         assert api.put(path, json={"title": "newer"}).json()["due_date"] == "2027-01-31"
         assert api.patch(path, json={"due_date": "2028-02-29"}).json()["due_date"] == "2028-02-29"
         assert api.put(path, json={"due_date": None}).json()["due_date"] is None
-        assert [task["due_date"] for task in api.get("/tasks").json()] == [None, None]
+        assert [task["due_date"] for task in api.get("/tasks").json()["tasks"]] == [None, None]
         wrong = api.post("/tasks", json={"title": "x", "due_date": "soon"})
         assert wrong.status_code == 422
         assert wrong.json()["detail"].startswith("due_date: Input should be a valid date")
