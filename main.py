@@ -50,6 +50,7 @@ import pgpipeline
 from lib import (
     cors,
     develop,
+    docs,
     logs,
     middleware,
     openapi,
@@ -247,6 +248,8 @@ app = openapi.DocumentedAPI(
         {"name": "tasks", "description": "A user's tasks."},
         {"name": "service", "description": "The service itself."},
     ],
+    docs_url=None,
+    redoc_url=None,
     servers=[{"url": "/"}],
     license_info={"name": "MIT", "identifier": "MIT"},
     responses={"4XX": {"model": Problem}},
@@ -264,6 +267,7 @@ app = openapi.DocumentedAPI(
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
+docs.add_pages(app)  # /docs and /redoc
 
 
 # Tasks.

@@ -26,6 +26,7 @@ The start, and documents:
     startup      the lifespan of the process
     postgres     DATABASE_URL, the schema, a look at statements and privileges
     openapi      completes FastAPI's document
+    docs         Swagger UI and ReDoc, without a CDN
     welcome      the page at /
     develop      `python main.py`
     embedded     the PostgreSQL that pip installs

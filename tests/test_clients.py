@@ -34,7 +34,6 @@ from conftest import (
     PATH,
     SECRET,
     SETTINGS,
-    Account,
     Server,
     Task,
     bearer,
@@ -51,7 +50,6 @@ from conftest import (
     wait_for_start,
 )
 from lib import middleware, serve
-from tests.node import Run
 
 parametrize = pytest.mark.parametrize
 ERROR = "pgpipeline.errors.UnexpectedError"  # the exception that a missing table causes
@@ -200,54 +198,6 @@ def test_a_page_may_send_credentials(api: Client) -> None:
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == ORIGIN["Origin"]
         assert response.headers["access-control-allow-credentials"] == "true"
-
-
-# A browser.
-
-AUTHORIZE = """
-import { chromium } from "playwright-core";
-import { readFile } from "node:fs/promises";
-
-const [url, executablePath, email, password, screenshot] = process.argv.slice(2);
-const browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
-const page = await browser.newPage({ viewport: { width: 1200, height: 1000 } });
-await page.route((address) => !address.href.startsWith(url), async (route) => {
-  const name = new URL(route.request().url()).pathname.split("/").at(-1);
-  const contentType = name.endsWith(".css") ? "text/css" : "text/javascript";
-  const file = readFile("node_modules/swagger-ui-dist/" + name);
-  await file.then((body) => route.fulfill({ body, contentType }), () => route.abort());
-});
-await page.goto(url + "/docs");
-await page.click("button.authorize");
-await page.fill("#oauth_username, input[name=username]", email);
-await page.fill("#oauth_password, input[name=password]", password);
-await page.click(".auth-container button.authorize");
-await page.waitForSelector(".auth-container button:has-text('Logout')");
-await page.click("button.btn-done");
-await page.click("#operations-accounts-me .opblock-summary-control");
-await page.click("#operations-accounts-me .try-out__btn");
-await page.click("#operations-accounts-me .execute");
-const answer = page.locator("#operations-accounts-me .live-responses-table .response");
-await answer.waitFor();
-await answer.scrollIntoViewIfNeeded();
-await page.screenshot({ path: screenshot });
-console.log(await answer.innerText());
-await browser.close();
-"""
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
-def test_swagger_uis_authorize_button_logs_in(
-    run: Run, workshop: Path, server: Server, account: Account
-) -> None:
-    (workshop / "authorize.mjs").write_text(AUTHORIZE)
-    screenshot = os.environ.get("SCREENSHOT") or str(workshop / "authorized.png")
-    person = [account["email"], account["password"]]
-    answer = run("node", "authorize.mjs", server.url, CHROMIUM, *person, screenshot)
-    assert "200" in answer and account["email"].lower() in answer
 
 
 # Observability.
