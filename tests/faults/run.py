@@ -89,7 +89,8 @@ def run_test(folder: Path, test: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
     command += [find_test(test), f"--basetemp={folder.parent / 'temp'}"]
     environ = os.environ | {"TEST_DATABASE_URL": local.server.get_uri(name)}
-    environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take seconds to import
+    environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # others than this take seconds to import
+    command += ["-p", "anyio.pytest_plugin"]
     output = folder.parent / "output"
     with output.open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log)
