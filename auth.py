@@ -7,7 +7,7 @@ takes only the secret, the others only the keys behind JWT_JWKS_URL.
 import hashlib
 import re
 from time import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jwt
 from fastapi import Request
@@ -110,14 +110,8 @@ def check_settings() -> None:
 # Tokens.
 
 
-class VerifiedToken(NamedTuple):
-    """A token's user, and when it must be verified again, in seconds since 1970."""
-
-    user_id: str
-    until: float
-
-
-verified: dict[bytes, VerifiedToken] = {}  # by the SHA-256 of the token
+# By the SHA-256 of a token its user, and when to verify it again, in seconds since 1970.
+verified: dict[bytes, tuple[str, float]] = {}
 
 
 async def user_of(token: str) -> str:
@@ -126,13 +120,13 @@ async def user_of(token: str) -> str:
     Raises Unauthorized, and HTTPProblem(503) while the issuer's keys are out of reach.
     """
     digest, now = hashlib.sha256(token.encode()).digest(), time()
-    known = verified.get(digest)
-    if known is None or known.until <= now:
+    user_id, until = verified.get(digest, ("", 0.0))
+    if until <= now:
         user_id, expires = read_claims(await verify(token), now)
-        if known is None and len(verified) >= TOKEN_CACHE_SIZE:
+        if digest not in verified and len(verified) >= TOKEN_CACHE_SIZE:
             del verified[next(iter(verified))]  # the first seen
-        known = verified[digest] = VerifiedToken(user_id, min(expires, now + TOKEN_CACHE_TTL))
-    return known.user_id
+        verified[digest] = user_id, min(expires, now + TOKEN_CACHE_TTL)
+    return user_id
 
 
 async def verify(token: str) -> dict[str, Any]:
@@ -232,11 +226,10 @@ class BearerToken(SecurityBase):
         sent = [value for name, value in request.scope["headers"] if name == b"authorization"]
         if not sent:
             raise Unauthorized(code="not_authenticated")
-        # White space around a value is not part of it (RFC 9110 sections 5.5 and 11.4).
-        scheme, _, token = sent[0].decode("latin-1").strip(" \t").partition(" ")
+        scheme, _, token = sent[0].decode("latin-1").partition(" ")
         if len(sent) > 1 or scheme.lower() != "bearer":
             raise Unauthorized(reason="not one Authorization with Bearer")
-        user_id = await user_of(token.lstrip(" "))
+        user_id = await user_of(token.lstrip(" "))  # after one space or more: RFC 9110 section 11.4
         state_of(request.scope).user_id = user_id  # kept in lib/state.py for the log
         await limiter.hit("user", USER_LIMIT, user_id)
         return user_id

@@ -1407,7 +1407,7 @@ TOLD = [
     ({"nbf": LATER}, "claim nbf is in the future"),
     ({"iat": LATER}, "claim iat is in the future"),
     ({"iss": "https://other.example"}, "another issuer"),
-    ({"aud": ["other"]}, "another audience"),
+    ({"aud": ["other todo", "todo2"]}, "another audience"),
 ]
 
 

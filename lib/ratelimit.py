@@ -10,7 +10,7 @@ are fixed: around the border of two, twice the limit may pass within the length 
 
 import asyncio
 import logging
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import ip_address
 from math import ceil
 from time import monotonic, time
 from typing import Any, NamedTuple
@@ -116,15 +116,14 @@ def connect(uri: str) -> Any:
 
 
 def networks(address: str) -> list[str]:
-    """The keys of an IP address: its /64 and wider ones (IPv6), or itself and wider ones (IPv4)."""
+    """Keys of an IP address: its /64 and wider networks (IPv6), or itself and wider ones (IPv4)."""
     try:
         ip = ip_address(address.partition("%")[0])
     except ValueError:
         return [address]
-    if isinstance(ip, IPv6Address):
-        ip = ip.ipv4_mapped or ip
+    ip = getattr(ip, "ipv4_mapped", None) or ip
     lengths = (32, 24, 16) if ip.version == 4 else (64, 48, 32)
-    return [str(ip_network((ip, length), strict=False)) for length in lengths]
+    return [f"v{ip.version} {int(ip) >> (ip.max_prefixlen - bits):x}/{bits}" for bits in lengths]
 
 
 def too_many_requests(name: str, limit: Limit, wait: int) -> HTTPProblem:

@@ -119,11 +119,14 @@ def test_a_token_in_the_cache_ends_with_its_exp(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_ten_thousand_verified_tokens_are_kept_and_the_oldest_goes() -> None:
-    later = auth.VerifiedToken("u", time.time() + 600)
+    later = ("u", time.time() + 600)
     auth.verified.update({b"%d" % n: later for n in range(10_000)})
-    assert not refused(signed())
+    token = signed()
+    for _ in range(2):  # the second time it only takes its own place
+        assert not refused(token)
+        auth.verified.update({list(auth.verified)[-1]: ("u", 0)})
     assert len(auth.verified) == 10_000
-    assert b"0" not in auth.verified
+    assert next(iter(auth.verified)) == b"1"
 
 
 def test_an_accounts_token_lives_for_a_day() -> None:
@@ -315,24 +318,28 @@ def hits(limiter: RateLimiter, keys: list[str], limit: str = "2/second") -> list
             return False
         return True
 
-    return [asyncio.run(hit(key)) for key in keys]
+    async def hit_all() -> list[bool]:
+        return [await hit(key) for key in keys]
+
+    return asyncio.run(hit_all())
 
 
 @parametrize("storage", ["", "redis"])
 def test_who_obeys_retry_after_is_let_through(request: pytest.FixtureRequest, storage: str) -> None:
     async def story() -> None:
         limiter = RateLimiter(request.getfixturevalue("redis")[0] if storage else "")
-        for pause in (0.0, 0.3, 0.6):
-            limit, key = Limit(2, 2), f"{pause}"
+        for pause in (0.0, 0.55, 0.6, 0.65):  # Redis rounds what is left to whole seconds
+            limit, key, started = Limit(2, 2), f"{pause}", time.monotonic()
             await limiter.hit(key, limit, key)
             await asyncio.sleep(pause)
             await limiter.hit(key, limit, key)
             with pytest.raises(HTTPProblem) as raised:
                 await limiter.hit(key, limit, key)
             wait = int((raised.value.headers or {})["Retry-After"])
+            assert time.monotonic() + wait >= started + 2
             assert 1 <= wait <= 3
-            await asyncio.sleep(wait)
-            await limiter.hit(key, limit, key)
+        await asyncio.sleep(wait)
+        await limiter.hit(key, limit, key)
 
     run_and_collect(story())
 
@@ -343,7 +350,7 @@ def test_while_redis_is_frozen_one_request_asks_and_the_rest_count_here(redis: R
         await limiter.hit("test", limit, "u")
         process.send_signal(signal.SIGSTOP)
         times = []
-        for _ in range(10):  # the third second is within the pause, the sixth after it
+        for _ in range(13):  # 8 seconds: Redis is given up after one, and tried again after six
             calls = [asyncio.create_task(timed(limiter.hit("test", limit, "u"))) for _ in range(20)]
             times += [await call for call in calls]
             await asyncio.sleep(0.6)
@@ -376,14 +383,14 @@ async def timed(call: Coroutine[Any, Any, None]) -> float:
 def test_full_counters_refuse_no_stranger_and_forget_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ratelimit, "MAX_COUNTERS", 100)
-    limiter = RateLimiter()
-    assert hits(limiter, ["locked"] * 3, "2/minute") == [True, True, False]
-    hits(limiter, [f"invented {n}" for n in range(120)], "2/minute")
-    assert hits(limiter, ["locked"], "2/minute") == [False]  # a reset would have unlocked it
-    assert hits(limiter, [f"stranger {n}" for n in range(50)], "2/minute").count(True) > 40
+    monkeypatch.setattr(ratelimit, "MAX_COUNTERS", 2000)
+    limiter, limit = RateLimiter(), "9/minute"
+    assert hits(limiter, ["locked"] * 10, limit) == [True] * 9 + [False]
+    hits(limiter, [f"invented {n}" for n in range(5000)], limit)
+    assert hits(limiter, ["locked"], limit) == [False]  # a reset would have unlocked it
+    assert all(hits(limiter, [f"stranger {n}" for n in range(100)], limit))
     [(_, counters)] = limiter.windows.values()
-    assert len(counters) <= 200
+    assert len(counters) <= 4000
 
 
 @parametrize(("one", "other", "is_one_network"), [
