@@ -5,19 +5,22 @@ Nothing here goes through the service, whose own checks come first.
 
 import asyncio
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from httpx import Client
 from psycopg import Connection, sql
 from psycopg.conninfo import make_conninfo
 
 import auth
-from conftest import HERE
+from conftest import HERE, Task
 from lib.prepare import prepare_database
 
 parametrize = pytest.mark.parametrize
@@ -195,3 +198,21 @@ def test_tables_of_an_earlier_release_move_and_get_the_shape_of_fresh_ones(empty
     applied(empty)
     assert moved == shape(empty)
     assert len(moved) > 20
+
+
+def test_updated_at_never_goes_back_while_the_version_advances(
+    database: str, api: Client, task: Task
+) -> None:
+    later = "UPDATE todo.tasks SET updated_at = clock_timestamp() WHERE id = %s "
+    later += "RETURNING updated_at"
+    with psycopg.connect(database) as other, ThreadPoolExecutor(2) as pool:
+        other.execute("SELECT 1 FROM todo.tasks WHERE id = %s FOR UPDATE", [task["id"]])
+        waiting = [
+            pool.submit(api.patch, f"/tasks/{task['id']}/toggle"),
+            pool.submit(api.patch, f"/tasks/{task['id']}", json={"title": "x"}),
+        ]
+        time.sleep(0.5)  # their transactions have begun, and with them now()
+        [(written,)] = other.execute(later, [task["id"]]).fetchall()
+        other.commit()
+        times = [call.result().json()["updated_at"] for call in waiting]
+    assert min(datetime.fromisoformat(each) for each in times) >= written

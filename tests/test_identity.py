@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Coroutine, Iterator
 from contextlib import closing, nullcontext
@@ -144,6 +145,24 @@ def test_an_accounts_token_has_what_is_asked_of_other_tokens(
     claims = jwt.decode(made, SECRET, ["HS256"], options={"verify_aud": False})
     assert (claims["iss"], claims["aud"]) == ("https://issuer.example", "todo")
     assert claims["user_id"] == claims["sub"] == asyncio.run(auth.user_of(made)) == "u"
+
+
+def test_a_header_sent_twice_leaves_the_token_cache_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified = 0
+
+    async def verify(_: str) -> dict[str, Any]:
+        nonlocal verified
+        verified += 1
+        return {auth.USER_CLAIM: "u", "exp": time.time() + 60}
+
+    monkeypatch.setattr(auth, "verify", verify)
+    sent = uuid.uuid4().hex.encode()
+    headers = [(b"x", b"1"), (b"authorization", b"Bearer " + sent), (b"x", b"2")]
+    for _ in range(3):
+        state = RequestState({}, "id", "192.0.2.1", b"")
+        scope: Any = {"type": "http", "headers": headers, "state": {"request": state}}
+        assert asyncio.run(auth.current_user(Request(scope))) == state.user_id == "u"
+    assert verified == 1
 
 
 @parametrize(("sub", "is_refused"), [(NOBODYS_ID, True), ("u", False)])

@@ -1,0 +1,122 @@
+"""What the service holds, whatever clients do. python -m pytest tests/test_memory.py -rP tells."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import psutil
+import pytest
+from httpx import Client
+
+from conftest import (
+    Server,
+    client,
+    connect,
+    get,
+    memory,
+    serving,
+    token,
+    wait_until,
+)
+
+parametrize = pytest.mark.parametrize
+
+
+pytestmark = pytest.mark.slow
+
+
+def request(line: bytes, authorization: bytes, body: bytes, length: int | None = None) -> bytes:
+    """The bytes of a request, which may announce a longer body than it has."""
+    size = str(len(body) if length is None else length).encode()
+    head = (
+        line
+        + b" HTTP/1.1\r\nHost: x\r\nAuthorization: "
+        + authorization
+        + b"\r\nContent-Type: application/json\r\n"
+    )
+    return head + (b"Content-Length: " + size + b"\r\n\r\n" if size != b"0" else b"\r\n") + body
+
+
+def upload(user: str, length: int) -> bytes:
+    return request(b"POST /tasks", b"Bearer " + token(user).encode(), b"", length)
+
+
+def test_clients_that_leave_in_the_middle_leave_nothing_behind(server: Server, api: Client) -> None:
+    process = psutil.Process(server.process.pid)
+    whole, half = upload("u", 14) + b'{"title": "x"}', upload("u", 100) + b"{"
+    requests = [upload("u", 100), whole, half, b"GET /tasks HT", b""]
+
+    def leave(n: int) -> None:
+        with connect(server) as connection:
+            connection.sendall(requests[n % len(requests)])
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(leave, range(2000)))
+        wait_until(lambda: len(process.net_connections()) < 50)
+        before = memory(server)
+        list(pool.map(leave, range(10_000)))
+    wait_until(lambda: len(process.net_connections()) < 50)
+    print(f"10,000 clients left: {memory(server) - before:+.1f} MB")
+    assert memory(server) - before < 3
+    assert api.get("/tasks").status_code == 200
+
+
+def test_a_thousand_idle_connections_stay_under_100_mb(database: str, tmp_path: Path) -> None:
+    with serving(database, tmp_path / "log") as server:
+        connections = [connect(server) for _ in range(1000)]
+        assert get(server.url + "/health").status_code == 200
+        print(f"1,000 idle connections: {memory(server):.0f} MB")
+        assert memory(server) < 100
+        for connection in connections:
+            connection.close()
+
+
+CHUNK = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+HUGE = [
+    b"Content-Length: 200000000\r\n\r\n" + b"x" * 10**6,
+    b"Transfer-Encoding: chunked\r\n\r\n" + CHUNK * 50,
+]
+
+
+def test_huge_bodies_do_not_move_the_memory(server: Server) -> None:
+    before = memory(server)
+    head = b"POST /tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    authorization = b"Authorization: Bearer " + token("u").encode() + b"\r\n"
+    for start, body in product((head, head + authorization), HUGE):
+        with connect(server) as connection:
+            try:
+                connection.sendall(start + body)
+                assert connection.recv(12) in (b"HTTP/1.1 413", b"HTTP/1.1 401")
+            except (ConnectionResetError, BrokenPipeError):
+                pass  # it had answered and closed before all was sent
+    assert memory(server) - before < 3
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+def test_memory_stays_where_it_is_over_200_000_requests(database: str, tmp_path: Path) -> None:
+    script = tmp_path / "mixed.lua"
+    with serving(database, tmp_path / "log") as server, client(server, "soak") as api:
+        id = api.post("/tasks", json={"title": "x"}).json()["id"]
+        script.write_text(
+            f'wrk.headers["Authorization"] = "{api.headers["Authorization"]}"\n'
+            'wrk.headers["Content-Type"] = "application/json"\n'
+            "local n = 0\nrequest = function()\n n = n + 1\n"
+            f' if n % 4 == 0 then return wrk.format("PATCH", "/tasks/{id}/toggle") end\n'
+            f' if n % 4 == 1 then return wrk.format("GET", "/tasks/{id}") end\n'
+            ' if n % 40 == 2 then return wrk.format("POST", "/tasks", nil, [[{"title":"x"}]]) end\n'
+            ' if n % 40 == 3 then return wrk.format("POST", "/tasks", nil, "{") end\n'
+            ' return wrk.format("GET", "/tasks?limit=20") end\n'
+        )
+        served, after_a_tenth = 0, 0.0
+        while served < 200_000:
+            command = ["wrk", "-t1", "-c64", "-d5s", "-s", str(script), server.url]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            served += int(re.findall(r"(\d+) requests in", output)[0])
+            if not after_a_tenth and served >= 20_000:
+                after_a_tenth = memory(server)
+        print(f"{served} requests: {after_a_tenth:.1f} MB -> {memory(server):.1f} MB")
+        assert memory(server) - after_a_tenth < 3
+        assert not any(line.get("status", 0) >= 500 for line in server.log())
