@@ -102,5 +102,7 @@ IdempotencyKey = Annotated[
 def next_link(request: Request, last_id: str) -> str:
     """Link to what follows `last_id`: the request's path and query, with `after` for the place."""
     place = ("after", "offset", "skip", "page")
-    query = {name: text for name, text in request.query_params.items() if name not in place}
+    # What a route takes is short. The rest is left out, so that the Link fits a proxy's buffer.
+    sent = [(name, text) for name, text in request.query_params.items() if len(text) <= 40]
+    query = {name: text for name, text in sent if name not in place}
     return f'<{client_path(request)}?{urlencode(query | {"after": last_id})}>; rel="next"'
