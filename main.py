@@ -346,8 +346,7 @@ async def list_tasks(
 ) -> Response:
     """List tasks, newest first. While more follow, `Link` has the address of the next page.
 
-    It goes on by `after`, the id of the last task seen: without a filter, such a page costs the
-    same however far it is. Pages by `offset` (or `skip`) or `page` (from 1) cost more and more.
+    A page by `after` costs the same at any depth, one by `offset`, `skip` or `page` more and more.
     """
     skipped = (offset or 0) + ((page or 1) - 1) * limit
     found = await db.select_tasks(user_id, completed, after, skipped, limit)

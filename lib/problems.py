@@ -1,10 +1,7 @@
 """Errors as RFC 9457 writes them: application/problem+json, with a stable `code` for programs.
 
-    email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_taken")
-    raise email_taken()
-
-A problem that is raised in several places is a partial, because an exception that is raised twice
-keeps the traceback, and with it the request, of the first time.
+email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_taken")
+raise email_taken()  # a new one each time: an exception keeps the traceback of where it was
 """
 
 import json
@@ -120,7 +117,7 @@ def responder(
     async def respond(request: Request, error: Exception) -> Response:
         scope, state = request.scope, state_of(request.scope)
         known = exceptions.get(type(error))
-        problem = known() if known else to_problem(error, scope, malformed_path)
+        problem = known() if known else to_problem(error, scope) or malformed_path()
         state.reason = problem.reason or (str(error) if known else "")
         headers = dict(problem.headers or {})
         if isinstance(problem, Unauthorized):
@@ -133,10 +130,8 @@ def responder(
     return respond
 
 
-def to_problem(
-    error: Exception, scope: Scope, malformed_path: Callable[[], HTTPProblem]
-) -> HTTPProblem:
-    """The problem that an exception stands for: 500 for one that nobody has foreseen.
+def to_problem(error: Exception, scope: Scope) -> HTTPProblem | None:
+    """The problem of an exception: 500 for one that nobody has foreseen, None for a malformed path.
 
     A body that is not JSON is 400, a value against its schema 422. Neither repeats the input.
     """
@@ -149,12 +144,10 @@ def to_problem(
     wrong = error.errors()
     if wrong[0]["type"] == "json_invalid":
         return HTTPProblem(400, f"The body is not JSON: {wrong[0]['msg']}")
-    if any(each["loc"][0] == "path" for each in wrong):  # 404 whatever else is wrong
-        return malformed_path()
-    known = sentences(scope["route"].endpoint) if "route" in scope else {}
-    errors = [
-        {"loc": each["loc"], "msg": sentence(each, known), "type": each["type"]} for each in wrong
-    ]
+    if any(each["loc"][0] == "path" for each in wrong):  # whatever else is wrong
+        return None
+    known = sentences(scope["route"].endpoint) if scope.get("route") else {}
+    errors = [{"loc": e["loc"], "msg": sentence(e, known), "type": e["type"]} for e in wrong]
     missing = [str(each["loc"][-1]) for each in wrong if each["type"] == "missing"]
     several = f"{' and '.join(missing)} have to be sent" if len(missing) > 1 else ""
     return HTTPProblem(422, several or errors[0]["msg"], errors=errors)
