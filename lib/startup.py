@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from lib import logs
 from lib.prepare import NotReady
 
 log = logging.getLogger("startup")
@@ -33,6 +34,7 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
             await start()
         except NotReady as error:
             log.critical("%s", error)
+            logs.output.flush()  # the line waits for the end of a turn that does not come
             os._exit(1)
         for each, handler in servers.items():
             signal.signal(each, handler)
