@@ -15,10 +15,13 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from lib import logs
 from lib.problems import RETRY, HTTPProblem, Respond
+from lib.ratelimit import networks
 from lib.state import RequestState, state_of
 
 MAX_BODY = 131_072  # bytes of a request's body
 MAX_BODIES = 32_000_000  # bytes of all bodies
+MAX_SHARE = 4_000_000  # bytes of the bodies of one user, or of one address without a user
+SMALL = 8_192  # bytes of a body that always find room
 BODY_TIMEOUT = 10  # seconds for a body to arrive
 
 PROXIES = (  # private networks, where the proxies of platforms stand (RFC 1918, 4193, 6598)
@@ -107,7 +110,7 @@ class RequestLog:
 class ErrorResponses:
     """Answers every exception by `respond`: inside CORS, so that a browser may read a 500 too.
 
-    What became a 500 is raised again, for logs and telemetry.
+    What became a 500 is raised again, for logs and telemetry: then uvicorn closes the connection.
     """
 
     def __init__(self, app: ASGIApp, respond: Respond) -> None:
@@ -118,10 +121,14 @@ class ErrorResponses:
             await self.app(scope, receive, send)
         except ClientDisconnect:
             pass
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if scope["type"] != "http" or state_of(scope).status:  # the response has started
                 raise
+            if isinstance(error, asyncio.CancelledError):  # by uvicorn, some time after SIGTERM
+                error = HTTPProblem(503, "The service is shutting down", headers=RETRY)
             response = await self.respond(Request(scope), error)
+            if response.status_code == 500:
+                response.headers["Connection"] = "close"  # RFC 9112 section 9.6
             await response(scope, receive, send)
             if response.status_code == 500:
                 raise
@@ -131,32 +138,37 @@ class BodyLimit:
     """Bounds the bytes and the time of a body, and the bytes of all until their requests end.
 
     A route that asks for the body gets it whole, or HTTPProblem is raised: 401 and 404 come first.
+    Each user, or address while there is no user, has a share of the bytes, so that one who sends
+    many bodies and ends none does not keep others from sending theirs.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app, self.pending = app, 0
+        self.shares: dict[str, int] = {}  # of whoever has bytes here now
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or state_of(scope).body is not None:
             return await self.app(scope, receive, send)
-        state = state_of(scope)
+        state, owner = state_of(scope), ""
         headers = state.headers
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise HTTPProblem(415, "The body must not be compressed")
         self.check_size(int(headers.get(b"content-length", 0)))
 
         async def receive_whole() -> Message:
+            nonlocal owner
             if state.body is not None:
                 return await receive()
-            state.body = await self.read(receive)
+            owner = state.user_id or networks(state.client)[0]
+            state.body = await self.read(receive, owner)
             return {"type": "http.request", "body": state.body, "more_body": False}
 
         try:
             await self.app(scope, receive_whole, send)
         finally:
-            self.pending -= len(state.body or b"")
+            self.hold(owner, -len(state.body or b""))
 
-    async def read(self, receive: Receive) -> bytes:
+    async def read(self, receive: Receive, owner: str) -> bytes:
         body, more = bytearray(), True
         try:
             async with asyncio.timeout(BODY_TIMEOUT):
@@ -165,18 +177,28 @@ class BodyLimit:
                     if message["type"] == "http.disconnect":
                         raise ClientDisconnect
                     body += message["body"]
-                    self.pending += len(message["body"])
+                    self.hold(owner, len(message["body"]))
                     self.check_size(len(body))
-                    if self.pending > MAX_BODIES:
+                    if len(body) > SMALL and not self.has_room(owner):
                         raise HTTPProblem(503, "Too many uploads", headers=RETRY)
                     more = message["more_body"]
         except BaseException as error:
-            self.pending -= len(body)
+            self.hold(owner, -len(body))
             if not isinstance(error, TimeoutError):
                 raise
             text = f"The body did not arrive within {BODY_TIMEOUT} seconds"
             raise HTTPProblem(408, text) from None
         return bytes(body)
+
+    def hold(self, owner: str, size: int) -> None:
+        """Counts bytes for an owner, or takes them back (`size` below 0)."""
+        self.pending += size
+        share = self.shares.pop(owner, 0) + size
+        if share:
+            self.shares[owner] = share
+
+    def has_room(self, owner: str) -> bool:
+        return self.pending <= MAX_BODIES and self.shares.get(owner, 0) <= MAX_SHARE
 
     def check_size(self, size: int) -> None:
         if size > MAX_BODY:

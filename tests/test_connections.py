@@ -4,9 +4,11 @@ The tests that are marked slow take 6 to 20 seconds each.
 """
 
 import asyncio
+import json
 import re
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +19,22 @@ import pytest
 import uvloop
 from httpx import Client
 
-from conftest import Server, connect, get, memory, raw, serving, token
+from conftest import (
+    HERE,
+    Server,
+    connect,
+    environment,
+    free_port,
+    get,
+    memory,
+    new_email,
+    post,
+    raw,
+    serving,
+    token,
+    uvicorn,
+    wait_for_start,
+)
 from lib import serve
 from lib.readers import Readers
 
@@ -29,6 +46,7 @@ needs_wrk = pytest.mark.skipif(
 
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+LAST = HEALTH + b"Connection: close\r\n\r\n"
 
 
 # Heads.
@@ -143,6 +161,82 @@ def test_beyond_32_mb_unread_the_client_that_holds_most_loses_its_oldest_connect
         readers.add(each, "greedy")
     assert [each.aborted for each in greedy] == [True] * 9 + [False] * 31
     assert not victim.aborted
+
+
+# Bodies.
+
+
+def test_unfinished_uploads_of_a_stranger_do_not_stop_a_users(server: Server, api: Client) -> None:
+    login = b"POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with ExitStack() as stack:
+        for size in [120_000] * 275 + [9_000] * 40:  # 33 MB, and all bodies may have 32
+            stranger = stack.enter_context(connect(server))
+            stranger.sendall(login + b"Content-Length: 131072\r\n\r\n" + b" " * size)
+        big = {"title": "x", "description": "x" * 4000, "ignored": "x" * 20_000}
+        codes = {api.post("/tasks", json=big).status_code for _ in range(20)}
+        small = {"email": new_email(), "password": "correct horse"}
+        codes.add(post(server.url + "/auth/register", json=small).status_code)
+    assert codes == {201}
+
+
+# The log.
+
+
+def test_a_log_that_nobody_reads_stops_no_request_and_its_lost_lines_are_counted(
+    database: str,
+) -> None:
+    port = free_port()
+    environ = environment(database)
+    with subprocess.Popen(uvicorn(port), cwd=HERE, env=environ, stdout=subprocess.PIPE) as process:
+        wait_for_start(process, port)
+        end = threading.Timer(60, process.kill)
+        end.start()
+        service, answered = Server(port, process, Path()), 0
+        for _ in range(250):
+            answered += raw(service, (HEALTH + b"\r\n") * 24 + LAST, 10).count(b"HTTP/1.1 200 ")
+        assert answered == 250 * 25 and process.stdout
+        requests, dropped = 0, 0
+        while not dropped:
+            line = json.loads(process.stdout.readline())
+            requests += line["message"] == "request"
+            dropped = line["lines"] if line["message"] == "log lines dropped" else 0
+        assert requests + dropped == answered
+        raw(service, LAST)
+        started = time.monotonic()
+        process.terminate()
+        process.wait(10)
+        assert time.monotonic() - started < 3
+        end.cancel()
+
+
+# Closing.
+
+
+@parametrize(
+    ("status", "request_"),
+    [
+        (401, b"POST /tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"),
+        (413, create(b"Content-Length: 200000")),
+        (400, b"GET\r\n\r\n"),
+        (200, LAST),
+        (200, b"GET /health HTTP/1.0\r\n\r\n"),
+    ],
+)
+def test_a_response_before_a_close_says_so(status: int, request_: bytes, server: Server) -> None:
+    answer = raw(server, request_)  # until it is closed
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"\r\nconnection: close\r\n" in answer
+
+
+def test_sigterm_ends_a_start_that_waits_for_the_database(tmp_path: Path) -> None:
+    environ = environment(f"postgresql://x@127.0.0.1:{free_port()}/x")
+    command = uvicorn(free_port())
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=HERE, env=environ, stdout=log, stderr=log)
+    time.sleep(4)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(2) == 0
 
 
 # Proxies.

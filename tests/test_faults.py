@@ -379,6 +379,8 @@ def test_sigterm_lets_requests_finish_and_ends_within_ten_seconds(
         assert flying.result().json()["completed"] is True
         server.process.wait(12)
         assert idle.recv(1) == b""
+        assert stalled.recv(12) == b"HTTP/1.1 503"  # no 500, and no traceback
+        assert all("exception" not in line for line in server.log())
         print(f"SIGTERM: ended after {time.monotonic() - started:.1f} s")
         assert time.monotonic() - started < 10
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from lib import logs, middleware
@@ -106,33 +107,41 @@ def test_a_body_that_does_not_come_is_408(monkeypatch: pytest.MonkeyPatch) -> No
     run(lambda: asyncio.wait_for(story(), 1))
 
 
-def test_all_bodies_under_way_have_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_bodies_have_one_bound_and_8_kib_always_find_room() -> None:
     async def story() -> None:
         limit = BodyLimit(nothing)
-        for _ in range(10):  # one after the other is no matter
-            await read(limit, chunks(1000, 3))
-        limit.pending = 8000
+        for _ in range(300):  # one after the other is no matter
+            await read(limit, chunks(131_072))
+        limit.pending = middleware.MAX_BODIES
+        assert len(await read(limit, chunks(8192))) == 8192
         with pytest.raises(HTTPProblem) as raised:
-            await read(limit, chunks(1000, 3))
-        assert (raised.value.status_code, limit.pending) == (503, 8000)
+            await read(limit, chunks(3000, 3))
+        assert raised.value.status_code == 503
+        assert (limit.pending, limit.shares) == (middleware.MAX_BODIES, {})
 
-    monkeypatch.setattr(middleware, "MAX_BODIES", 10_000)
     run(story)
 
 
-def test_a_body_counts_until_its_request_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_counts_for_its_user_until_the_request_has_ended() -> None:
     async def story() -> None:
         app = App()  # it has read the body, and waits
         limit = BodyLimit(app)
-        waiting = [asyncio.create_task(limit(scope(x="1"), chunks(3000), nothing)) for _ in "123"]
-        await asyncio.sleep(0.05)
-        with pytest.raises(HTTPProblem, match="uploads"):
-            await limit(scope(x="1"), chunks(3000), nothing)
-        app.gate.set()
-        await asyncio.gather(*waiting)
-        assert limit.pending == 0
 
-    monkeypatch.setattr(middleware, "MAX_BODIES", 10_000)
+        def send(user: str | None, network: str = "192.0.2.1") -> asyncio.Task[None]:
+            sent = scope(x="1")
+            sent["state"]["request"].user_id, sent["state"]["request"].client = user, network
+            return asyncio.create_task(limit(sent, chunks(131_072), nothing))
+
+        waiting = [send("u") for _ in range(30)] + [send(None) for _ in range(30)]
+        await asyncio.sleep(0.1)
+        for user in "u", None:
+            with pytest.raises(HTTPProblem, match="uploads"):
+                await send(user)
+        others = [send("v"), send(None, "198.51.100.1")]
+        app.gate.set()
+        await asyncio.gather(*waiting, *others)
+        assert (limit.pending, limit.shares) == (0, {})
+
     run(story)
 
 
@@ -163,7 +172,7 @@ def test_an_error_is_answered_if_somebody_is_there(error: Exception, calls: int)
 
         async def respond(request: Any, error: Exception) -> Any:
             answered.append(error)
-            return type("Answer", (), {"status_code": 422, "__call__": nothing})()
+            return Response(status_code=422)
 
         answered: list[Exception] = []
         await ErrorResponses(app, respond)(scope(), nothing, nothing)
@@ -172,13 +181,39 @@ def test_an_error_is_answered_if_somebody_is_there(error: Exception, calls: int)
     run(story)
 
 
+@parametrize(
+    ("error", "status", "headers"),
+    [(ValueError, 500, (b"connection", b"close")), (asyncio.CancelledError, 503, (b"x", b"y"))],
+)
+def test_an_error_that_ends_the_connection_says_so_and_one_of_a_stop_is_503(
+    error: type[BaseException], status: int, headers: tuple[bytes, bytes]
+) -> None:
+    sent: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise error
+
+    async def respond(request: Any, error: Exception) -> Response:
+        return Response(status_code=getattr(error, "status_code", 500), headers={"x": "y"})
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def story() -> None:
+        with pytest.raises(ValueError) if status == 500 else nullcontext():
+            await ErrorResponses(app, respond)(scope(), nothing, send)
+
+    run(story)
+    assert sent[0]["status"] == status and headers in sent[0]["headers"]
+
+
 def test_a_request_without_a_response_is_logged_as_499(capfd: pytest.CaptureFixture[str]) -> None:
     run(lambda: RequestLog(nothing)(scope(), nothing, nothing))
     assert json.loads(capfd.readouterr().out)["status"] == 499
 
 
 def test_a_log_that_cannot_be_written_is_no_requests_fault(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def write(*_: Any) -> int:
         raise BrokenPipeError
@@ -187,6 +222,9 @@ def test_a_log_that_cannot_be_written_is_no_requests_fault(
     logs.write("INFO", {"message": "x"})
     monkeypatch.undo()
     logs.write("INFO", {"message": "\ud800"})
+    logs.write("INFO", {"message": "y"})
+    written = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["message"] for line in written] == ["y", "log lines dropped"]
 
 
 def test_an_exceptions_text_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
