@@ -5,15 +5,16 @@ key = await keys.find(kid="2026-11", alg="EdDSA")
 """
 
 import asyncio
+import concurrent.futures
 import json
 import logging
+import threading
 import urllib.request
 from collections.abc import Collection
 from contextlib import suppress
 from time import monotonic
 from urllib.error import HTTPError
 
-import anyio.to_thread
 import jwt
 
 from lib.problems import RETRY, HTTPProblem
@@ -42,7 +43,7 @@ class KeySet:
         self.fetched = self.tried = float("-inf")
         self.fetching: asyncio.Task[None] | None = None
         self.failure = ""  # why the last fetch brought no set
-        self.threads = anyio.CapacityLimiter(4)  # one that was given up counts until it ends
+        self.threads = threading.Semaphore(4)  # one that was given up counts until it ends
 
     async def find(
         self, kid: str | None, alg: str, refused: jwt.PyJWK | None = None
@@ -72,19 +73,19 @@ class KeySet:
         return key
 
     def get(self, kid: str | None, alg: str, refused: jwt.PyJWK | None) -> jwt.PyJWK | None:
+        """The same among the keys that are known."""
         keys = [key for key in self.keys if key.algorithm_name == alg and kid in (None, key.key_id)]
         keys = [key for key in keys if key is not refused]
         return keys[0] if len(keys) == 1 or (keys and kid) else None
 
     async def fetch(self) -> None:
-        """In a thread that is left alone after TIMEOUT: an issuer cannot hold up the next fetch."""
-        run, download = anyio.to_thread.run_sync, self.download
+        """Replaces the keys. While an issuer does not answer, or not with a set, the old stay."""
         try:
             async with asyncio.timeout(TIMEOUT):
-                body = await run(download, abandon_on_cancel=True, limiter=self.threads)
+                body = await self.start_download()
             keys, self.failure = self.read(body), ""
         except Exception as error:
-            self.failure = str(error)[:200] or type(error).__name__
+            self.failure = str(error)[:200] or f"no answer within {TIMEOUT} seconds"
             log.warning("JWKS not fetched: %s", self.failure)
             return
         if keys or monotonic() - self.fetched > MAX_AGE:  # an empty set may be a mishap
@@ -92,16 +93,37 @@ class KeySet:
         if not keys:
             log.warning("JWKS has no key for %s", ", ".join(self.algorithms))
 
+    def start_download(self) -> asyncio.Future[bytes]:
+        """Downloads in a daemon thread.
+
+        urllib waits for ever for a head that comes byte by byte. Such a thread is left alone, and
+        does not hold up the end of the process, as one of asyncio's or anyio's would.
+        """
+        if not self.threads.acquire(blocking=False):
+            raise TimeoutError("no answer to earlier requests")
+        result: concurrent.futures.Future[bytes] = concurrent.futures.Future()
+        result.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                result.set_result(self.download())
+            except Exception as error:
+                result.set_exception(error)
+            self.threads.release()
+
+        threading.Thread(target=run, daemon=True).start()
+        return asyncio.wrap_future(result)
+
     def read(self, body: bytes) -> list[jwt.PyJWK]:
         """The keys that can verify a token, each once. Raises ValueError for what is no set."""
         try:
-            document = json.loads(body.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            raise ValueError("not JSON") from None
-        if not isinstance(document, dict) or not isinstance(document.get("keys"), list):
-            found = "jwks_uri" in document if isinstance(document, dict) else False
-            hint = ", but jwks_uri: that is the discovery document" if found else ""
-            raise ValueError(f"JSON without keys{hint}")
+            document = dict(json.loads(body.decode("utf-8-sig")))
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError("not a JSON object") from None
+        if "jwks_uri" in document:
+            raise ValueError("the discovery document: its jwks_uri is the URL of the keys")
+        if not isinstance(document.get("keys"), list):
+            raise ValueError('JSON without a list "keys"')
         keys = {}
         for each in document["keys"]:
             with suppress(Exception):  # one that PyJWT cannot read spoils no other

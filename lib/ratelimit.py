@@ -28,6 +28,8 @@ log = logging.getLogger("ratelimit")
 
 
 class Limit(NamedTuple):
+    """So many hits in so many seconds."""
+
     amount: int
     seconds: int
 

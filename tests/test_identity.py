@@ -556,8 +556,8 @@ def test_an_issuer_that_hangs_delays_one_token_of_a_known_key_by_a_second(issuer
 
 
 @parametrize(("body", "words"), [
-    (b"", "not JSON"), (b"<html>", "not JSON"), (b"\xff", "not JSON"), (b"[" * 9999, "not JSON"),
-    (b"[]", "without keys"), (b"7", "without keys"), (b'{"keys": {}}', "without keys"),
+    *[(body, "not a JSON object") for body in (b"", b"<html>", b"\xff", b"[" * 9999, b"7")],
+    (b"{}", 'without a list "keys"'), (b'{"keys": {}}', 'without a list "keys"'),
     (b'{"jwks_uri": "https://issuer.example/jwks"}', "discovery document"),
 ])  # fmt: skip
 def test_what_is_no_key_set_is_503_and_the_log_says_what_came(
@@ -689,3 +689,25 @@ def test_an_issuer_that_trickles_or_floods_is_given_up(
     assert time.monotonic() - started < 2
     server.shutdown()
     server.server_close()
+
+
+def test_an_issuer_that_never_ends_its_head_does_not_hold_up_the_end_of_the_process() -> None:
+    story = """
+import asyncio, socket, threading, time
+from lib import jwks
+
+jwks.TIMEOUT = 0.5
+listener = socket.create_server(("127.0.0.1", 0))
+
+def trickle():
+    connection, _ = listener.accept()
+    while connection.send(b"HTTP/1.1 200 OK"[:1]):
+        time.sleep(0.1)
+
+threading.Thread(target=trickle, daemon=True).start()
+keys = jwks.KeySet(f"http://127.0.0.1:{listener.getsockname()[1]}/", ["EdDSA"])
+print(asyncio.run(keys.find("new", "EdDSA")))
+"""
+    command = [sys.executable, "-c", story]
+    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=15)
+    assert "no answer within" in run.stderr
