@@ -47,18 +47,8 @@ from starlette.middleware import Middleware
 import auth
 import db
 import pgpipeline
-from lib import (
-    cors,
-    develop,
-    docs,
-    logs,
-    middleware,
-    openapi,
-    problems,
-    startup,
-    telemetry,
-    welcome,
-)
+from lib import cors, develop, logs, middleware, openapi, problems, startup, telemetry, welcome
+from lib.docs import add_pages
 from lib.headers import Conditions, IdempotencyKey, IfConditions, next_link, precondition_failed
 from lib.paths import CanonicalPath, client_path
 from lib.problems import RETRY, HTTPProblem, Problem, Unauthorized
@@ -92,15 +82,6 @@ Description = Annotated[str | None, Field(
     description="up to 5,000 characters", examples=["two litres"],
 )]  # fmt: skip
 Completed = Annotated[StrictBool, Field(title="Completed", description="true or false")]
-Email = Annotated[str, StringConstraints(strip_whitespace=True), Field(
-    min_length=3, max_length=254, pattern=rf"^[^@{WHITESPACE}]+@[^@{WHITESPACE}]+$", title="E-mail",
-    description="needs an @ between two parts without spaces", examples=["ann@example.com"],
-), AfterValidator(auth.normal_email)]  # fmt: skip
-Password = Annotated[str, Field(
-    title="Password", min_length=8, max_length=128, description="8 to 128 characters",
-    examples=["correct horse"],
-)]  # fmt: skip
-AnyPassword = Annotated[str, Field(min_length=1, max_length=1024, examples=["correct horse"])]
 NAMES_DIFFER = "completed and is_completed differ: send one"
 
 
@@ -151,49 +132,6 @@ class Task(SQLModel):
     is_completed: bool = Field(deprecated=True)  # mirrors completed, for older clients
     created_at: datetime
     updated_at: datetime
-
-
-class User(SQLModel):
-    """A user. One of an outside issuer has no e-mail here, and no date before the first task."""
-
-    id: str
-    email: Email | None
-    created_at: datetime | None
-
-
-class Login(SQLModel):
-    """An e-mail, in upper or lower case, and a password."""
-
-    email: Email = Field(validation_alias=AliasChoices("email", "username"))
-    password: AnyPassword
-
-
-class Registration(Login):
-    """A new account."""
-
-    password: Password
-
-
-class PasswordChange(SQLModel):
-    """The password of an account, and the one that takes its place."""
-
-    current_password: AnyPassword
-    new_password: Password
-
-
-class Confirmation(SQLModel):
-    """The password of an account, which is asked for again."""
-
-    password: AnyPassword
-
-
-class AccessToken(SQLModel):
-    """A token (RFC 6749 section 5.1), good for `expires_in` seconds, and its user."""
-
-    access_token: str
-    token_type: Literal["bearer"]
-    expires_in: int = Field(examples=[auth.TOKEN_LIFETIME])
-    user: User
 
 
 # Errors, and what a request passes on its way to a route.
@@ -267,7 +205,7 @@ app = openapi.DocumentedAPI(
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
-docs.add_pages(app)  # /docs and /redoc
+add_pages(app)  # /docs and /redoc
 
 
 # Tasks.
@@ -414,6 +352,60 @@ async def refusal(user_id: str, task_id: UUID, conditions: Conditions) -> HTTPPr
 
 
 # Accounts.
+
+Email = Annotated[str, StringConstraints(strip_whitespace=True), Field(
+    min_length=3, max_length=254, pattern=rf"^[^@{WHITESPACE}]+@[^@{WHITESPACE}]+$", title="E-mail",
+    description="needs an @ between two parts without spaces", examples=["ann@example.com"],
+), AfterValidator(auth.normal_email)]  # fmt: skip
+Password = Annotated[str, Field(
+    title="Password", min_length=8, max_length=128, description="8 to 128 characters",
+    examples=["correct horse"],
+)]  # fmt: skip
+AnyPassword = Annotated[str, Field(min_length=1, max_length=1024, examples=["correct horse"])]
+
+
+class User(SQLModel):
+    """A user. One of an outside issuer has no e-mail here, and no date before the first task."""
+
+    id: str
+    email: Email | None
+    created_at: datetime | None
+
+
+class Login(SQLModel):
+    """An e-mail, in upper or lower case, and a password."""
+
+    email: Email = Field(validation_alias=AliasChoices("email", "username"))
+    password: AnyPassword
+
+
+class Registration(Login):
+    """A new account."""
+
+    password: Password
+
+
+class PasswordChange(SQLModel):
+    """The password of an account, and the one that takes its place."""
+
+    current_password: AnyPassword
+    new_password: Password
+
+
+class Confirmation(SQLModel):
+    """The password of an account, which is asked for again."""
+
+    password: AnyPassword
+
+
+class AccessToken(SQLModel):
+    """A token (RFC 6749 section 5.1), good for `expires_in` seconds, and its user."""
+
+    access_token: str
+    token_type: Literal["bearer"]
+    expires_in: int = Field(examples=[auth.TOKEN_LIFETIME])
+    user: User
+
 
 email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_taken")
 wrong_credentials = partial(

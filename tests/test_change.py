@@ -64,9 +64,10 @@ ROUTE: Places = [
         "    GET    /tasks/count\n    GET    /tasks/{task_id}",
     ),
 ]
-TASKS = "class Tasks(SQLModel):\n    tasks: list[Task]\n\n\nclass User(SQLModel):\n"
+ERRORS = "# Errors, and what a request passes"
+TASKS = "class Tasks(SQLModel):\n    tasks: list[Task]\n\n\n"
 ENVELOPE: Places = [
-    ("main.py", "class User(SQLModel):\n", TASKS),
+    ("main.py", ERRORS, TASKS + ERRORS),
     ("main.py", "response_model=list[Task]", "response_model=Tasks"),
     ("main.py", "respond(found.json,", "respond(b'{\"tasks\":' + found.json + b'}',"),
 ]
