@@ -200,21 +200,18 @@ def test_a_kill_during_initdb_leaves_nothing_to_clear_away(folder: Path) -> None
     assert not (folder / ".data/new").exists()
 
 
-def test_a_pid_file_that_names_another_program_harms_neither(used: Path) -> None:
+@pytest.mark.parametrize("content", ["{pid}\n{folder}\n", "", "not a pid\n"])
+def test_a_stale_pid_file_is_no_hindrance_and_harms_no_other_program(
+    used: Path, content: str
+) -> None:
     owner = (used / ".data/postgres").stat().st_uid
     with subprocess.Popen(["sleep", "60"], user=owner, cwd="/") as other:
-        (used / ".data/postgres/postmaster.pid").write_text(f"{other.pid}\n{used}\n")
+        text = content.format(pid=other.pid, folder=used)
+        (used / ".data/postgres/postmaster.pid").write_text(text)
         with running(used) as run:
             assert run.ask("/health/ready").is_success
         assert other.poll() is None
         other.kill()
-
-
-@pytest.mark.parametrize("content", ["", "not a pid\n"])
-def test_a_pid_file_cut_short_is_no_hindrance(used: Path, content: str) -> None:
-    (used / ".data/postgres/postmaster.pid").write_text(content)
-    with running(used) as run:
-        assert run.ask("/health/ready").is_success
 
 
 # What a developer can mend is one line.

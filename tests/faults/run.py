@@ -33,7 +33,7 @@ from tests.faults.anchors import Missing, break_source
 
 HERE = Path(__file__).resolve().parents[2]
 LEFT_OUT = [".git", ".venv", ".data", "__pycache__", ".*_cache"]
-TIMEOUT = 240  # seconds for a test: one that hangs has failed
+TIMEOUT = 120  # seconds for a test: one that hangs has failed
 local, numbers = threading.local(), count()  # each thread has a PostgreSQL for its runs
 
 
