@@ -53,7 +53,7 @@ class Run:
 
     def line(self) -> str:
         """The one line that a start that failed has printed."""
-        assert self.process.wait(20) == 1, self.printed
+        assert self.process.wait(60) == 1, self.printed
         (line,) = self.printed.splitlines()
         return line
 
@@ -242,13 +242,15 @@ def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
 def test_a_postgresql_that_does_not_start_says_where_to_look(used: Path) -> None:
     settings = used / ".data/postgres/postgresql.auto.conf"
     settings.write_text("shared_buffers = none\n")
-    assert "postgres.log says why" in Run(used).line()
-    settings.write_text("")
+    try:
+        assert "postgres.log says why" in Run(used).line()
+    finally:
+        settings.write_text("")
 
 
 def test_a_service_that_ends_by_itself_ends_the_run(used: Path) -> None:
     run = Run(used, JWT_SECRET="short")
-    assert run.process.wait(20) == 1
+    assert run.process.wait(60) == 1
     assert "JWT_SECRET is shorter" in run.printed.splitlines()[-1]
     assert inside(used) == []
 
