@@ -1,4 +1,4 @@
-"""Speaks HTTP: the routes of the todo service, their schemas, and what a request passes.
+"""The HTTP of the service: its routes, their schemas, and what a request passes on its way.
 
     POST   /auth/register             make an account, get its token (public)
     POST   /auth/login                get a token (public)
@@ -66,11 +66,14 @@ class Settings(BaseSettings):
 
 settings = Settings.load()
 
-# Schemas. SQLModel serves as pydantic's BaseModel: none of them is a table, as SQL is in db.py.
-# A field's title and description are the message of a 422.
-# \s differs between the patterns of Rust, Python and JavaScript. \x00 is none that can be stored.
+# Schemas. SQLModel serves as pydantic's BaseModel here. No schema is a table: the SQL is in db.py.
+# A value that is refused is answered with the title and the description of its field.
+
+# \s means other characters in Rust, Python and JavaScript, so they are named. PostgreSQL stores no
+# \x00.
 WHITESPACE = r"\x00-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# For a field that may be left out. Nobody reads it: exclude_unset omits it, as OpenAPI does.
+# The default of a field that a client may leave out. The service reads only the fields that were
+# sent (exclude_unset). A plain default would stand in OpenAPI, and clients would send it.
 NOT_SENT: Any = Field(default_factory=str)
 
 Title = Annotated[str, Field(
@@ -86,12 +89,13 @@ NAMES_DIFFER = "completed and is_completed differ: send one"
 
 
 class TaskBody(SQLModel):
-    """A body about a task. Unknown fields are ignored, so nobody can set an owner or an id."""
+    """A body about a task. Unknown fields are ignored, so that nobody can set an owner or an id."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def read_either_name(cls, sent: Any) -> Any:
-        """Clients send back a task they read with one name changed: neither name may win."""
+        """Takes `is_completed` for `completed`. Two values that differ are refused, because clients
+        change one of the names in a task that they have read."""
         if isinstance(sent, dict) and "is_completed" in sent:
             sent = {"completed": sent["is_completed"], **sent}
             if sent["completed"] != sent["is_completed"]:
@@ -136,7 +140,7 @@ class Task(SQLModel):
 
 # Errors, and what a request passes on its way to a route.
 
-task_not_found = partial(HTTPProblem, 404, "Task not found", "task_not_found")  # or not the user's
+task_not_found = partial(HTTPProblem, 404, "Task not found", "task_not_found")  # or another user's
 malformed_id = partial(HTTPProblem, 404, "Task not found: ids are UUIDs", "task_not_found")
 identity_mismatch = partial(HTTPProblem, 403, "User identity mismatch", reason="another's path")
 page_too_large = partial(
@@ -153,7 +157,7 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
     pgpipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
 }
 
-# Other names of paths, as public frontends call them. The rewrites run top down.
+# What public frontends call our paths, and what each becomes. The rewrites run top down.
 ALIASES = [
     (r"/api/v1/", "/api/"),
     (r"/api/(?=(?:tasks|todos|auth|users|health)(?:/|$))", "/"),
@@ -174,8 +178,8 @@ BY_TYPE = {
 }
 CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no alias changes these
 
-# `respond` makes a problem of an exception. ErrorResponses calls it, and where PreparedRoutes has
-# left a route to FastAPI, FastAPI does.
+# `respond` answers an exception with a problem. It is called by ErrorResponses, or by FastAPI for a
+# route that PreparedRoutes has left to it.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
     title="Todo",
@@ -198,10 +202,10 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.ClientAddress, header=settings.client_ip_header),  # behind a proxy
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
-        Middleware(middleware.ErrorResponses, respond=respond),  # a problem for each exception
+        Middleware(middleware.ErrorResponses, respond=respond),
         Middleware(CanonicalPath, aliases=ALIASES, by_type=BY_TYPE, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
-        Middleware(PreparedRoutes),  # FastAPI's routing, in a third of the time
+        Middleware(PreparedRoutes),  # calls most routes without FastAPI's work for each request
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
@@ -219,7 +223,7 @@ Offset = Annotated[int | None, Query(ge=0, le=10**9, description="a whole number
 After = Annotated[UUID | None, Query(description="the id of the last task seen")]
 Flag = Annotated[bool | None, Query(description="true or false")]
 Status = Literal["all", "completed", "done", "pending", "active", "incomplete", "todo"]
-STATUSES = {"all": None, "completed": True, "done": True}  # of any other, False
+STATUSES = {"all": None, "completed": True, "done": True}  # the others mean False
 Endpoint = Callable[..., Awaitable[Response]]
 Decorator = Callable[[Endpoint], Endpoint]
 
@@ -233,7 +237,7 @@ async def own_path(owner: Owner, user_id: CurrentUser) -> None:
 async def completed_filter(
     completed: Flag = None, is_completed: Flag = None, status: Status = "all"
 ) -> bool | None:
-    """The `completed` of the tasks that are asked for; None for any. It wins over `status`."""
+    """What `completed` is in the tasks to list, or None for any. It wins over `status`."""
     values = {completed, is_completed} - {None}
     if len(values) > 1:
         raise HTTPProblem(422, NAMES_DIFFER)
@@ -547,7 +551,7 @@ if __name__ == "__main__":
         secret=not (auth.SECRET or auth.JWKS_URL),
         origins=not settings.cors_origins,
     )
-else:  # a server imports us
+else:  # A server imports this module. A wrong setting ends the start before it serves anything.
     logs.configure()
     auth.check_settings()
     db.conninfo()  # stops the start if wrong

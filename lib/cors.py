@@ -59,18 +59,12 @@ def cors(origins: str, setting: str, respond: Respond) -> Middleware:
         listed = [each.strip(" \t\r\n\"'") for each in parts.split(",")]
         allowed = [normalize(each) for each in listed if each]
     except ValueError:
-        text = (
-            "takes origins like https://app.example.com or https://*.example.com, no / at the end"
-        )
-        raise SystemExit(f"{setting} {text}") from None
+        example = "https://app.example.com or https://*.example.com"
+        raise SystemExit(f"{setting} takes origins like {example}, no / at the end") from None
     wild = [re.escape(each) for each in allowed if "*" in each and each != "*"]
-    options: dict[str, Any] = {
-        "allow_methods": METHODS,
-        "allow_headers": ["*"],
-        "expose_headers": EXPOSED,
-    }
+    options: dict[str, Any] = {"allow_origins": allowed, "allow_credentials": True}
+    options |= {"allow_methods": METHODS, "allow_headers": ["*"], "expose_headers": EXPOSED}
     options["allow_origin_regex"] = "|".join(wild).replace(r"\*", "[a-z0-9-]+") or None
-    options |= {"allow_origins": allowed, "allow_credentials": True}
     return Middleware(CORS, setting=setting, respond=respond, options=options)
 
 
