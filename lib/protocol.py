@@ -7,6 +7,7 @@ uvicorn reads heads of any size, and waits for ever for their end and for client
 
 import json
 import re
+import resource
 import socket
 from asyncio import TimerHandle
 from typing import Any, ClassVar
@@ -17,6 +18,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from lib.problems import HTTPProblem
 from lib.readers import Readers
 
+# Open connections, of some 10 KB each. 64 file descriptors are left for everything else.
+SOFT, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+MAX_CONNECTIONS = 5_000 if SOFT == resource.RLIM_INFINITY else min(5_000, SOFT - 64)
 MAX_HEAD = 65_536  # bytes of a request's target, header and trailer together
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
 HEAD_TIMEOUT = 10  # seconds for a head, from its first byte or from the connection's start
@@ -51,6 +55,7 @@ class Protocol(HttpToolsProtocol):
             self.timers[timer] = self.loop.call_later(seconds, end)
 
     def stop(self, timer: str) -> None:
+        """Stops a timer, if it runs."""
         if timer in self.timers:
             self.timers.pop(timer).cancel()
 
@@ -63,6 +68,10 @@ class Protocol(HttpToolsProtocol):
             peer = transport.get_extra_info("socket")
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
         self.start("head", HEAD_TIMEOUT, transport.close)
+        if len(self.connections) > MAX_CONNECTIONS:
+            connections: Any = self.connections
+            idle = (each for each in connections if each.timeout_keep_alive_task)
+            next(idle, self).transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self.refused:

@@ -179,6 +179,26 @@ def test_unfinished_uploads_of_a_stranger_do_not_stop_a_users(server: Server, ap
     assert codes == {201}
 
 
+# Connections.
+
+
+def test_idle_connections_give_way_when_descriptors_run_out(database: str, tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    command = ["prlimit", "--nofile=128", *uvicorn(port)]
+    with log.open("wb") as output, ExitStack() as stack:
+        environ = environment(database)
+        process = subprocess.Popen(command, cwd=HERE, env=environ, stdout=output, stderr=output)
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        wait_for_start(process, port, log)
+        service = Server(port, process, log)
+        for _ in range(200):
+            idle = stack.enter_context(connect(service))
+            idle.sendall(HEALTH + b"\r\n")
+            assert idle.recv(12) == b"HTTP/1.1 200"
+        assert get(service.url + "/health").status_code == 200
+
+
 # The log.
 
 
