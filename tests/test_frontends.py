@@ -80,3 +80,8 @@ def test_a_page_may_send_credentials(api: Client) -> None:
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == ORIGIN["Origin"]
         assert response.headers["access-control-allow-credentials"] == "true"
+
+
+def test_the_first_page_escapes_the_host(public: Client) -> None:
+    page = public.get("/", headers={"Accept": "text/html", "Host": "a&b"})
+    assert "http://a&amp;b/" in page.text

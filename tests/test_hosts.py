@@ -109,7 +109,8 @@ def test_honcho_runs_the_procfile_with_a_dotenv(database: str, tmp_path: Path) -
 @pytest.mark.slow
 def test_the_dockerfiles_steps_work_in_a_clean_environment(database: str, tmp_path: Path) -> None:
     copy_service(tmp_path)
-    shutil.copy(HERE / "requirements.txt", tmp_path)
+    for name in ("requirements.txt", "constraints.txt"):
+        shutil.copy(HERE / name, tmp_path)
     port, venv = free_port(), str(tmp_path / "venv")
     environ = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
     environ |= {"PATH": f"{venv}/bin:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}

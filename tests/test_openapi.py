@@ -174,6 +174,12 @@ def test_operation_ids_can_be_read_and_stay_what_they_are(server: Server) -> Non
     assert ids == of_tasks | of_users | others
 
 
+def test_nothing_is_bounded_that_the_service_does_not_bound(server: Server) -> None:
+    components = get(server.url + "/openapi.json").json()["components"]
+    assert all(each["schema"] == {"type": "string"} for each in components["headers"].values())
+    assert "maxLength" not in components["schemas"]["Problem"]["properties"]["detail"]
+
+
 def test_no_write_is_documented_with_a_304(server: Server) -> None:
     paths = get(server.url + "/openapi.json").json()["paths"]
     methods = {
