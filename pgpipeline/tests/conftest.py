@@ -59,8 +59,10 @@ async def pool_of(
     """A pool with connections of its own."""
     async with ConnectionPool(conninfo, max_size=max_size) as connections:
         pool = PipelinePool(connections, size, depth)
-        yield pool
-        await pool.close()
+        try:
+            yield pool
+        finally:
+            await pool.close()
 
 
 @pytest.fixture
@@ -91,7 +93,8 @@ async def seconds(pool: PipelinePool, sql: str, tenant: str) -> float:
 
 def value(database: str, sql: LiteralString) -> Any:
     """Executes SQL on a connection of its own. Gives the first value, if there is one."""
-    with psycopg.connect(database, autocommit=True) as connection:
+    options = "-c lock_timeout=5s"  # for what a test that failed has left
+    with psycopg.connect(database, autocommit=True, options=options) as connection:
         done = connection.execute(sql)
         return (done.fetchone() or [None])[0] if done.description else None
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, LiteralString
 
-import psycopg
 import pytest
 from psycopg.pq import ConnStatus
 
 from pgpipeline import ConnectionPool, PipelinePool, Statement, Unavailable, UnexpectedError
+from pgpipeline.connection import Connection
 from pgpipeline.pipeline import Pipeline
 from pgpipeline.queue import Query
-from pgpipeline.tests.conftest import OTHERS, ask, pool_of, start, value
+from pgpipeline.tests.conftest import OTHERS, ask, start, value
 
 pytestmark = pytest.mark.anyio
 SLOW_INSERT = "INSERT INTO stored SELECT 1 FROM pg_sleep(0.5) RETURNING n"
@@ -29,16 +29,20 @@ END: dict[str, LiteralString] = {
 # Connections in use.
 
 
-def cut(pool: PipelinePool) -> None:
-    """Ends the connections that the pool's pipelines use, without a word from PostgreSQL."""
-    for each in pool.pipelines:
-        with socket.socket(fileno=os.dup(each.connection.pgconn.socket)) as peer:
-            peer.shutdown(socket.SHUT_RDWR)
+def cut(connection: Connection) -> None:
+    """Ends a connection without a word from PostgreSQL, as a proxy does."""
+    with socket.socket(fileno=os.dup(connection.pgconn.socket)) as peer:
+        peer.shutdown(socket.SHUT_RDWR)
+
+
+def cut_all(pool: PipelinePool) -> None:
+    for pipeline in pool.pipelines:
+        cut(pipeline.connection)
 
 
 async def test_a_read_whose_connection_is_lost_is_sent_again(pool: PipelinePool) -> None:
     query = await start(pool, "\n SELECT 1 FROM pg_sleep(0.5)")
-    cut(pool)
+    cut_all(pool)
     assert (await query).rows == [(b"1",)]
 
 
@@ -46,7 +50,7 @@ async def test_a_write_whose_connection_is_lost_is_not_sent_again(
     pool: PipelinePool, table: str
 ) -> None:
     query = await start(pool, SLOW_INSERT)
-    cut(pool)
+    cut_all(pool)
     with pytest.raises(Unavailable):
         await query
     await asyncio.sleep(1)
@@ -115,7 +119,7 @@ async def test_a_socket_that_gets_the_number_of_a_lost_one_is_watched(
     monkeypatch.setattr(Pipeline, "step", replace)
     with ours, theirs:
         query = await start(pool, "SELECT 1 FROM pg_sleep(0.5)")
-        cut(pool)
+        cut_all(pool)
         assert (await query).rows == [(b"1",)]
         theirs.send(b"x")
         await asyncio.wait_for(received.wait(), 1)
@@ -166,13 +170,16 @@ def dead_peers(pool: PipelinePool) -> Iterator[None]:
         each.close()
 
 
-async def test_idle_connections_that_postgresql_has_ended_fail_nothing(
-    pool: PipelinePool, table: str
+@pytest.mark.parametrize("says_so", [True, False])
+async def test_idle_connections_that_were_ended_fail_nothing(
+    pool: PipelinePool, table: str, says_so: bool
 ) -> None:
     await open_all(pool)
-    pids = {connection.info.backend_pid for connection in pool.connections._pool}
-    with psycopg.connect(table, autocommit=True) as other:
-        other.execute("SELECT pg_terminate_backend(pid) FROM unnest(%s) AS pid", [list(pids)])
+    for each in list(pool.connections._pool):
+        if says_so:
+            value(table, f"SELECT pg_terminate_backend({each.info.backend_pid})")
+        else:
+            cut(each)
     await asyncio.sleep(0.2)
     assert (await ask(pool, SLOW_INSERT)).rows == [(b"1",)]
     assert value(table, "SELECT count(*) FROM stored") == 1
@@ -204,7 +211,7 @@ async def test_a_lost_connection_condemns_those_that_are_idle(
 # Connections that cannot be had.
 
 
-@pytest.mark.parametrize("why", ["not open", "refused", "closed"])
+@pytest.mark.parametrize("why", ["not open", "refused", "closed", "broken"])
 async def test_without_connections_queries_fail_by_the_deadline_and_nothing_spins(
     database: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -216,13 +223,21 @@ async def test_without_connections_queries_fail_by_the_deadline_and_nothing_spin
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     connections = ConnectionPool(f"port={port}" if why == "refused" else database, max_size=2)
-    pool, runs, run = PipelinePool(connections, 2, 16), list[Pipeline](), Pipeline.run
+    pool, tries = PipelinePool(connections, 2, 16), list[object]()
+    acquire, getconn = ConnectionPool.acquire, ConnectionPool.getconn
 
-    async def count(pipeline: Pipeline) -> None:
-        runs.append(pipeline)
-        await run(pipeline)
+    async def count_acquire(self: ConnectionPool) -> Connection:
+        tries.append(self)
+        return await acquire(self if why != "broken" else None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Pipeline, "run", count)
+    async def count_getconn(self: ConnectionPool, **given: float) -> Connection:
+        tries.append(self)
+        return await getconn(self, **given)
+
+    monkeypatch.setattr(ConnectionPool, "acquire", count_acquire)
+    monkeypatch.setattr(ConnectionPool, "getconn", count_getconn)
+    if why == "broken":
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     if why != "not open":
         await connections.open()
     if why == "closed":
@@ -232,7 +247,7 @@ async def test_without_connections_queries_fail_by_the_deadline_and_nothing_spin
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(result) for result in results} == {Unavailable}
     assert time.monotonic() - started < 2
-    assert len(runs) < 30
+    assert len(tries) < 30
     assert len(caplog.records) < 30, caplog.text
     await pool.close()
     await connections.close()
@@ -246,9 +261,3 @@ async def test_connections_are_made_again_when_the_database_is_back(database: st
         pool = PipelinePool(connections, 2, 16)
         assert (await ask(pool, "SELECT 1")).rows == [(b"1",)]
         await pool.close()
-
-
-async def test_a_role_that_may_have_one_connection_serves_all_with_it(database: str) -> None:
-    async with pool_of(database, size=3, max_size=1) as pool:
-        calls = [ask(pool, "SELECT 1 FROM pg_sleep(0.01)", f"{n}") for n in range(50)]
-        assert all(await asyncio.gather(*calls))

@@ -30,16 +30,10 @@ def names(queries: list[Query]) -> str:
     return "".join(query.tenant.name for query in queries)
 
 
-async def test_the_lines_are_served_in_turn() -> None:
+async def test_the_lines_are_served_in_turn_and_each_in_its_order() -> None:
     queue = Queue(size=2)
-    append(queue, "aaabbc")
-    assert names(take(queue, 1)) == "abcaba"
-
-
-async def test_queries_of_one_tenant_are_sent_in_their_order() -> None:
-    queue = Queue(size=2)
-    queries = append(queue, "abab")
-    assert take(queue, 1) == queries
+    a1, a2, a3, b1, b2, c1 = append(queue, "aaabbc")
+    assert take(queue, 1) == [a1, b1, c1, a2, b2, a3]
 
 
 async def test_a_tenant_has_few_queries_under_way_while_others_are_served() -> None:
