@@ -3,7 +3,7 @@
 -- a change all of it runs again, so each statement has to allow that. CREATE TABLE IF NOT EXISTS
 -- leaves a table that exists as it is: write a change in the table, for new databases, and at the
 -- end of this file, for those that exist. Write each name with its schema, because a search_path
--- may lead to another application's tables. The limits of the API stand here a second time, as named
+-- may lead to another application's tables. The limits of the API stand here too, as named
 -- constraints, for whatever else writes to the tables. Only their owner may use a new schema.
 DO $$ BEGIN IF to_regnamespace('todo') IS NULL THEN CREATE SCHEMA todo; END IF; END $$;
 
@@ -35,8 +35,8 @@ DO $move$ BEGIN
     EXECUTE (
         SELECT format('UPDATE todo.users SET email = new FROM (
             SELECT DISTINCT ON (new) id AS first, new
-            FROM todo.users, lower(replace(email, chr(304), ''i'' || chr(775)) COLLATE %I) AS new
-            ORDER BY new, email = new DESC, created_at
+            FROM (SELECT *, lower(replace(email, chr(304), ''i'' || chr(775)) COLLATE %I) AS new
+                FROM todo.users) AS spelled ORDER BY new, email = new DESC, created_at
         ) AS found WHERE id = first AND email <> new AND length(new) <= 254', name)
         FROM unnest('{und-x-icu,pg_unicode_fast,C.utf8,default}'::text[]) WITH ORDINALITY AS name
         JOIN pg_collation ON collname = name ORDER BY ordinality LIMIT 1

@@ -24,7 +24,8 @@ The start, and documents:
 
     settings     settings from the environment and .env
     startup      the lifespan of the process
-    postgres     DATABASE_URL, the schema, a look at statements and privileges
+    database_url DATABASE_URL as people have it
+    prepare      the schema, and a look at statements and privileges
     openapi      completes FastAPI's document
     docs         Swagger UI and ReDoc, without a CDN
     welcome      the page at /

@@ -17,8 +17,8 @@ LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 # Of Prisma, asyncpg, SQLAlchemy, node-postgres, pgx, JDBC, Django and Rails: pools, caches,
 # timeouts and the like, which this service has its own of.
 HARMLESS = re.compile(
-    r"pgbouncer|supa|workaround|uselibpqcompat|application_?name|charset|encoding|time_?zone|min|max"
-    r"|engine|max_?size|min_?size|fetch_types|stringtype|rewritebatchedinserts|atomic_requests"
+    r"pgbouncer|supa|workaround|uselibpqcompat|application_?name|charset|encoding|time_?zone"
+    r"|engine|min(_?size)?|max(_?size)?|fetch_types|stringtype|rewrite.*inserts|atomic_requests"
     r"|.*(pool|cache|timeout|limit|lifetime|idle|_age|health|prepare|alive|echo|overflow|cursor"
     r"|protocol|exec_mode|binary|async).*",
     re.IGNORECASE,

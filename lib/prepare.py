@@ -35,7 +35,10 @@ HOPELESS = re.compile(
 )
 
 # An ALTER that waits for a lock stops every session behind it, so it waits for 2 s at a time.
-SETTINGS = "SET LOCAL lock_timeout = '2s'; SET LOCAL search_path = pg_catalog"
+LOCK = """
+SELECT set_config('lock_timeout', '2s', true), set_config('search_path', 'pg_catalog', true),
+    pg_advisory_xact_lock(hashtext(%s))
+"""
 APPLIED = """
 SELECT obj_description(pg_class.oid, 'pg_class')
 FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
@@ -45,6 +48,8 @@ SESSION = """
 SELECT pg_backend_pid(), current_setting('server_encoding'), current_setting('TimeZone'),
     current_setting('DateStyle'), current_setting('default_transaction_isolation')
 """
+# How a statement uses a table. Any use takes SELECT too, for WHERE, RETURNING or ON CONFLICT.
+USES = re.compile(r"\b(INSERT|UPDATE|DELETE|)(?: INTO| FROM|FROM|JOIN|) (\w+\.\w+)")
 MISSING = """
 SELECT 'USAGE on schema ' || nspname
 FROM pg_namespace
@@ -55,24 +60,19 @@ FROM pg_proc JOIN pg_namespace ON pg_namespace.oid = pronamespace
 WHERE nspname = %(schema)s AND NOT has_function_privilege(pg_proc.oid, 'EXECUTE')
 UNION ALL
 SELECT privilege || ' on ' || name
-    || CASE WHEN row_security_active(pg_class.oid) THEN ' by a policy (row level security)'
-    ELSE '' END
+    || CASE WHEN row_security_active(pg_class.oid) THEN ' by a policy' ELSE '' END
 FROM unnest(%(names)s::text[], %(privileges)s::text[]) AS needed (name, privilege)
 JOIN pg_namespace ON nspname = %(schema)s
 JOIN pg_class ON relnamespace = pg_namespace.oid AND nspname || '.' || relname = name
 WHERE NOT has_table_privilege(pg_class.oid, privilege)
     OR row_security_active(pg_class.oid) AND NOT EXISTS (
         SELECT
-        FROM pg_policies
-        WHERE schemaname = nspname AND tablename = relname
-            AND permissive = 'PERMISSIVE' AND cmd IN ('ALL', privilege)
-            AND CASE WHEN 'public' = ANY (roles) THEN true
-                ELSE EXISTS (SELECT FROM unnest(roles) AS r WHERE pg_has_role(r, 'USAGE')) END
+        FROM pg_policies LEFT JOIN pg_roles ON rolname = ANY (roles)
+        WHERE schemaname = nspname AND tablename = relname AND permissive = 'PERMISSIVE'
+            AND cmd IN ('ALL', privilege)
+            AND (roles = '{public}' OR pg_has_role(pg_roles.oid, 'USAGE'))
     )
 """
-USES = re.compile(r"\b(INSERT|UPDATE|DELETE|)(?: INTO| FROM|FROM|JOIN|) (\w+\.\w+)")
-
-WAITS = {PollingStatus.READING, PollingStatus.WRITING}
 
 log = logging.getLogger("postgres")
 
@@ -92,128 +92,129 @@ async def prepare_database(
     # libpq asks for these as it connects, and has no parameter for them. Poolers refuse `options`,
     # and what SET has set would stay for their next client.
     os.environ["PGTZ"], os.environ["PGDATESTYLE"] = "UTC", "ISO"
-    preparation = Preparation(conninfo, schema.read_bytes(), table, list(statements))  # noqa: ASYNC240
-    task = asyncio.create_task(preparation.run())
+    start = Start(conninfo, schema.read_bytes(), table, list(statements))  # noqa: ASYNC240
+    task = asyncio.create_task(start.run())
     done, _ = await asyncio.wait({task}, timeout=QUIET)
-    if not done and not preparation.failed:
-        log.warning("the start waits for %s", preparation.waits_for)
+    if not done and not start.failure:
+        log.warning("the start waits for %s", start.waits_for)
     done, _ = await asyncio.wait({task}, timeout=STARTUP_TIMEOUT - QUIET)
     if done:
         return task.result()
     task.cancel()  # and not awaited: psycopg would wait for an answer to its own cancellation
-    reason = preparation.failed or f"the start waits for {preparation.waits_for}"
+    reason = start.failure or f"the start waits for {start.waits_for}"
     raise NotReady(f"no database after {STARTUP_TIMEOUT:.0f} seconds: {reason}")
 
 
-class Preparation:
-    """One start: what it waits for now, and why its last attempt failed."""
+class Start:
+    """What a start waits for now, and why its last attempt failed."""
 
-    def __init__(
-        self, conninfo: str, schema: bytes, table: str, statements: list[Statement]
-    ) -> None:
+    waits_for = failure = ""
+    connection: AsyncConnection[Any]
+
+    def __init__(self, conninfo: str, schema: bytes, table: str, statements: list[Statement]):
         self.conninfo, self.schema, self.table = conninfo, schema, table
-        self.statements, self.waits_for, self.failed = statements, "", ""
+        self.statements = statements
 
     async def run(self) -> None:
         while True:
             try:
                 return await self.attempt()
             except errors.LockNotAvailable:
-                error = "the schema waits for a lock on a table, or for another instance's start"
-            except psycopg.OperationalError as failure:
-                error = await explain(failure, self.conninfo)
-            except psycopg.Error as failure:
-                raise NotReady(f"the schema is not valid: {failure.diag.message_primary}") from None
-            if error != self.failed:
-                log.warning("%s; trying again", error)
-            self.failed = error
+                failure = "the schema waits for a lock on a table, or for another instance's start"
+            except psycopg.OperationalError as error:
+                failure = await explain(error, self.conninfo)
+            except psycopg.Error as error:
+                raise NotReady(f"the schema is not valid: {error.diag.message_primary}") from None
+            if failure != self.failure:
+                log.warning("%s; trying again", failure)
+            self.failure = failure
             await asyncio.sleep(0.5)
 
     async def attempt(self) -> None:
         self.waits_for = "a connection"
-        connect = AsyncConnection.connect
-        async with await connect(self.conninfo, autocommit=True) as connection:
+        connection = await AsyncConnection.connect(self.conninfo, autocommit=True)
+        async with connection as self.connection:
             self.waits_for = "an answer: a pooler may have no server connection free"
-            await self.check_session(connection)
-            # Under a stricter default the first query would fix what the others see, before the
-            # lock is there.
+            await self.check_session()
+            # A stricter level would read from before the lock what another instance has applied.
             await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
             async with connection.transaction():
                 self.waits_for = "a lock, or an answer"
-                applied = await self.apply_schema(connection)
-                await self.check_privileges(connection)
-                await self.check_statements(connection)
+                applied = await self.apply_schema()
+                await self.check_privileges()
+                await self.check_statements()
             if applied:
                 log.info("schema applied")
 
-    async def check_session(self, connection: AsyncConnection) -> None:
+    async def rows(self, query: str, values: Any = None) -> list[Any]:
+        return await (await self.connection.execute(query.encode(), values)).fetchall()
+
+    async def check_session(self) -> None:
         """Raises NotReady for an encoding, a time zone or a pooler that would falsify answers."""
-        row: Any = await (await connection.execute(SESSION)).fetchone()
-        pid, encoding, zone, style, isolation = row
+        [(pid, encoding, zone, style, isolation)] = await self.rows(SESSION)
+        alter = f"ALTER ROLE {self.connection.info.user} SET"
         if encoding != "UTF8":
             create = "CREATE DATABASE todo ENCODING 'UTF8' TEMPLATE template0"
             raise NotReady(f"the database has the encoding {encoding}, it has to be UTF8: {create}")
-        role = f"ALTER ROLE {connection.info.user} SET"
         if not re.fullmatch("(Etc/)?(UTC|UCT|GMT)", zone) or not style.startswith("ISO"):
-            text = f"{role} timezone = 'UTC'; {role} datestyle = 'ISO'"
+            text = f"{alter} timezone = 'UTC'; {alter} datestyle = 'ISO'"
             raise NotReady(f"a pooler keeps the time zone {zone} and the DateStyle {style}: {text}")
         if isolation != "read committed":
-            text = f"{role} default_transaction_isolation = 'read committed'"
+            text = f"{alter} default_transaction_isolation = 'read committed'"
             log.warning("transactions are %s: some of two at once will fail; %s", isolation, text)
-        if pid != connection.info.backend_pid:  # which is one that a pooler made up
+        if pid != self.connection.info.backend_pid:  # which is one that a pooler made up
             self.waits_for = "a second connection, to check the pooler"
-            await check_pooler(self.conninfo, connection)
+            await check_pooler(self.conninfo, self.connection)
 
-    async def apply_schema(self, connection: AsyncConnection) -> bool:
+    async def apply_schema(self) -> bool:
         """Applies the schema unless its SHA-256 is the comment on the table. Returns if it did.
 
         The lock lets one of many instances do it. A role that may not change tables goes on, and
         so does a database that is read-only: the checks tell whether the schema there is enough.
         """
         digest = hashlib.sha256(self.schema).hexdigest()
-        await connection.execute(SETTINGS)
-        await connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", [self.table])
-        if await (await connection.execute(APPLIED, [self.table])).fetchone() == (digest,):
+        await self.rows(LOCK, [self.table])
+        if await self.rows(APPLIED, [self.table]) == [(digest,)]:
             return False
         try:
-            async with connection.transaction():
-                await connection.execute(self.schema)
-                await connection.execute(f"COMMENT ON TABLE {self.table} IS '{digest}'".encode())
-        except (errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction) as refusal:
-            log.warning("the schema was not applied: %s", refusal.diag.message_primary)
+            async with self.connection.transaction():
+                await self.connection.execute(self.schema)
+                comment = f"COMMENT ON TABLE {self.table} IS '{digest}'"
+                await self.connection.execute(comment.encode())
+        except (errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction) as error:
+            log.warning("the schema was not applied: %s", error.diag.message_primary)
             return False
         return True
 
-    async def check_privileges(self, connection: AsyncConnection) -> None:
+    async def check_privileges(self) -> None:
         """Raises NotReady with the privileges that the statements need and this role lacks."""
-        [(read_only,)] = await (await connection.execute("SHOW transaction_read_only")).fetchall()
+        read_only = await self.rows("SHOW transaction_read_only") == [("on",)]
         needed = set()
         for text in (statement.text.decode() for statement in self.statements):
-            if read_only == "on" and not text.lstrip().startswith("SELECT"):
+            if read_only and not text.lstrip().startswith("SELECT"):
                 continue
             for privilege, name in USES.findall(text):
-                updates = "UPDATE" if "DO UPDATE" in text else "SELECT"
-                needed |= {(name, privilege or "SELECT"), (name, "SELECT"), (name, updates)}
+                needed |= {(name, privilege or "SELECT"), (name, "SELECT")}
+                needed |= {(name, "UPDATE")} if "DO UPDATE" in text else set()
         names, privileges = [name for name, _ in needed], [privilege for _, privilege in needed]
         values = {"schema": self.table.split(".")[0], "names": names, "privileges": privileges}
-        missing = await (await connection.execute(MISSING, values)).fetchall()
-        if missing:
-            text = ", ".join(sorted(each for (each,) in missing))
-            raise NotReady(f"the role {connection.info.user} lacks {text}: GRANT it")
+        if missing := sorted(each for (each,) in await self.rows(MISSING, values)):
+            user = self.connection.info.user
+            raise NotReady(f"the role {user} lacks {', '.join(missing)}: see docs/DATABASES.md")
 
-    async def check_statements(self, connection: AsyncConnection) -> None:
+    async def check_statements(self) -> None:
         """Prepares each statement. Raises NotReady with PostgreSQL's words about one that fails."""
-        for statement in self.statements:
-            name = b"check_" + statement.prepared_name
+        for each in self.statements:
+            name = b"check_" + each.prepared_name
             try:
-                query = b"PREPARE %b AS %b; DEALLOCATE %b" % (name, statement.text, name)
-                await connection.execute(query)
+                query = b"PREPARE %b AS %b; DEALLOCATE %b" % (name, each.text, name)
+                await self.connection.execute(query)
             except psycopg.ProgrammingError as error:
-                text = f"{statement.name}: {error.diag.message_primary}"
+                text = f"{each.name}: {error.diag.message_primary}"
                 raise NotReady(f"the schema does not fit this release: {text}") from None
 
 
-async def check_pooler(conninfo: str, connection: AsyncConnection) -> None:
+async def check_pooler(conninfo: str, connection: AsyncConnection[Any]) -> None:
     """Raises NotReady for a pooler that mixes up prepared statements, as PgBouncer before 1.21.
 
     While a second session is in a transaction, the first one gets another server connection, which
@@ -236,18 +237,17 @@ async def check_pooler(conninfo: str, connection: AsyncConnection) -> None:
             raise NotReady(f"DATABASE_URL leads to {text}, with max_prepared_statements") from None
 
 
-async def explain(failure: psycopg.OperationalError, conninfo: str) -> str:
-    """One line about a failure. Raises NotReady with it where waiting does not help."""
-    lines = str(failure).splitlines() or [type(failure).__name__]
+async def explain(error: psycopg.OperationalError, conninfo: str) -> str:
+    """One line about an error. Raises NotReady with it where waiting does not help."""
+    lines = str(error).splitlines() or [type(error).__name__]
     # DETAIL and HINT follow the line that counts. Of several addresses one may have a server.
     line = next((line for line in lines if re.search("FATAL|ERROR", line)), lines[0])
-    error = f"DATABASE_URL does not work: {line}"
-    hopeless, sqlstate = HOPELESS.search(line), failure.sqlstate
+    hopeless, sqlstate = HOPELESS.search(line), error.sqlstate
     if sqlstate is None and not hopeless:  # there was no connection
         sqlstate = await asyncio.to_thread(sqlstate_of_connecting, conninfo)
     if hopeless or (sqlstate or "").startswith(HOPELESS_STATES):
-        raise NotReady(error) from None
-    return error
+        raise NotReady(f"DATABASE_URL does not work: {line}") from None
+    return f"DATABASE_URL does not work: {line}"
 
 
 def sqlstate_of_connecting(conninfo: str) -> str:
@@ -260,7 +260,7 @@ def sqlstate_of_connecting(conninfo: str) -> str:
     with os.fdopen(os.memfd_create("trace"), "rb") as trace:
         connection = PGconn.connect_start(conninfo.encode())
         connection.trace(os.dup(trace.fileno()))
-        while (status := connection.connect_poll()) in WAITS:
+        while (status := connection.connect_poll()) not in (PollingStatus.OK, PollingStatus.FAILED):
             sockets = [connection.socket]
             reads = status == PollingStatus.READING
             if not any(select.select(sockets * reads, sockets * (not reads), [], QUIET)):
