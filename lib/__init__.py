@@ -4,6 +4,7 @@ What a request passes, from the outside in:
 
     serve        starts uvicorn; its flags
     protocol     uvicorn's HTTP protocol, with bounds
+    readers      clients that are slow to read, and who is dropped
     middleware   the client's address, the log, errors, bodies
     cors         which web pages may call the service
     paths        one form for each path
