@@ -420,8 +420,9 @@ def test_a_malformed_id_is_a_task_that_is_not_there(api: Client, call: Call, id:
     refusal(send(api, call, id), 404, "task_not_found", "Task not found: ids are UUIDs")
 
 
-def test_a_malformed_id_is_404_whatever_the_body(api: Client) -> None:
-    refusal(api.put("/tasks/x", json={"title": ""}), 404, "task_not_found")
+def test_a_malformed_id_is_404_whatever_else_is_wrong(api: Client) -> None:
+    wrong: Any = {"json": {"title": ""}, "headers": {"If-Match": "x" * 5000}}
+    refusal(api.put("/tasks/x", **wrong), 404, "task_not_found")
 
 
 def test_every_statement_on_tasks_names_the_owner() -> None:
