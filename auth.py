@@ -7,7 +7,7 @@ takes only the secret, the others only the keys behind JWT_JWKS_URL.
 import hashlib
 import re
 from time import time
-from typing import Any, Literal
+from typing import Literal
 
 import jwt
 from fastapi import Request
@@ -21,6 +21,7 @@ from lib.problems import Unauthorized
 from lib.ratelimit import LIMIT, RateLimiter, networks, parse_limit
 from lib.settings import BaseSettings
 from lib.state import state_of
+from lib.tokens import Rules, TokenVerifier
 
 MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
 ALGORITHMS = ("EdDSA", "ES256", "RS256")  # of JWT_JWKS_URL
@@ -34,7 +35,6 @@ BCRYPT_COST = 12  # 0.24 s of a core
 MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # passwords at a time, and those that wait: for 2.4 s
 ACCOUNT_LIMIT = parse_limit("10/minute")  # passwords and registrations with one e-mail
 ADDRESS_LIMIT = parse_limit("100/minute")  # the same from one IPv4 address or IPv6 /64
-COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
 UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 # Settings.
@@ -93,7 +93,8 @@ ACCOUNTS = bool(settings.jwt_secret) and settings.accounts != "off"
 USER_LIMIT = None if settings.rate_limit == "off" else parse_limit(settings.rate_limit)
 
 limiter = RateLimiter(settings.rate_limit_storage_uri)
-key_set = KeySet(JWKS_URL, ALGORITHMS)
+rules = Rules(ISSUER, AUDIENCE, USER_CLAIM, MAX_TOKEN, MAX_USER_ID, CLOCK_SKEW)
+verifier = TokenVerifier(SECRET, KeySet(JWKS_URL, ALGORITHMS), rules)
 passwords = Passwords(BCRYPT_COST, MAX_HASHING, MAX_HASHING_QUEUE)
 
 
@@ -122,78 +123,13 @@ async def user_of(token: str) -> str:
     digest, now = hashlib.sha256(token.encode()).digest(), time()
     user_id, until = verified.get(digest, ("", 0.0))
     if until <= now:
-        user_id, expires = read_claims(await verify(token), now)
+        user_id, expires, outside = await verifier.verify(token)
+        if outside and is_account_id(user_id):
+            raise Unauthorized(description="an outside user may not have an account's id")
         if digest not in verified and len(verified) >= TOKEN_CACHE_SIZE:
             del verified[next(iter(verified))]  # the first seen
         verified[digest] = user_id, min(expires, now + TOKEN_CACHE_TTL)
     return user_id
-
-
-async def verify(token: str) -> dict[str, Any]:
-    """The claims of a JWT whose signature is good; what they say is for read_claims().
-
-    Raises Unauthorized. Why a signature is refused stands in the log alone.
-    """
-    if token.count(".") != 2:
-        text = "not a JWT: an opaque session token has to be exchanged for one"
-        raise Unauthorized(code="token_not_jwt", description=text)
-    if len(token) > MAX_TOKEN or not COMPACT_JWS.fullmatch(token):
-        raise Unauthorized(reason="not a JWT of 8 KB at most")
-    try:
-        header = jwt.get_unverified_header(token)
-        alg, kid = str(header.get("alg")), header.get("kid")
-        if alg == "HS256" and SECRET:
-            return decode(token, alg, SECRET)
-        key = await key_set.find(kid, alg)
-        try:
-            claims = decode(token, alg, key)
-        except jwt.InvalidSignatureError:
-            key = await key_set.find(kid, alg, refused=key)  # replaced under its kid, perhaps
-            if key is None:
-                raise
-            claims = decode(token, alg, key)
-    except jwt.PyJWTError as error:
-        raise Unauthorized(reason=str(error)[:100]) from None
-    if is_account_id(str(claims.get(USER_CLAIM))):
-        raise Unauthorized(description="an outside user may not have an account's id")
-    return claims
-
-
-def decode(token: str, alg: str, key: str | jwt.PyJWK | None) -> dict[str, Any]:
-    """Verifies the signature. PyJWT would take "1" for a time, so it judges no claim."""
-    if key is None:
-        raise jwt.InvalidKeyError(f"no key for the algorithm {alg:.16}, or none with its kid")
-    claims = ("exp", "nbf", "iat", "iss", "aud", "sub", "jti")
-    options: Any = {f"verify_{name}": False for name in claims}
-    return jwt.decode(token, key if isinstance(key, str) else key.key, [alg], options=options)
-
-
-def read_claims(claims: dict[str, Any], now: float) -> tuple[str, float]:
-    """The user id and the expiry. Raises Unauthorized that names the first wrong claim."""
-    needed = {"exp": True, USER_CLAIM: True, "iss": ISSUER, "aud": AUDIENCE}
-    for name, is_needed in needed.items():
-        if is_needed and claims.get(name) is None:
-            raise Unauthorized(description=f"the token has no claim {name}")
-    user_id, exp, audiences = claims[USER_CLAIM], claims["exp"], claims.get("aud")
-    for name in ("exp", "nbf", "iat"):
-        # True is an int. JavaScript's milliseconds would make a token good for 50,000 years.
-        value = claims.get(name) or 0
-        if type(value) not in (int, float) or not 0 <= value < 1e12:
-            text = f"the claim {name} is not a number of seconds since 1970"
-            raise Unauthorized(description=text)
-        if name != "exp" and value > now + CLOCK_SKEW:
-            raise Unauthorized(description=f"the claim {name} is in the future")
-    if exp <= now:
-        raise Unauthorized(code="token_expired", description="the token has expired")
-    if ISSUER and claims["iss"] != ISSUER:
-        raise Unauthorized(description="the token is of another issuer")
-    if AUDIENCE and AUDIENCE not in (audiences if isinstance(audiences, list) else [audiences]):
-        raise Unauthorized(description="the token is for another audience")
-    is_text = isinstance(user_id, str) and user_id.isprintable()
-    if not is_text or not 1 <= len(user_id) <= MAX_USER_ID:
-        text = f"the claim {USER_CLAIM} is not a text of 1 to {MAX_USER_ID} visible characters"
-        raise Unauthorized(description=text)
-    return user_id, exp
 
 
 def is_account_id(user_id: str) -> bool:
@@ -244,11 +180,6 @@ current_user = BearerToken(
 
 
 # Accounts.
-
-
-def normal_email(email: str) -> str:
-    """The one spelling by which an e-mail is stored, found and counted."""
-    return email.lower()
 
 
 async def throttle(request: Request, email: str) -> None:

@@ -39,7 +39,7 @@ import pydantic
 from fastapi import Depends, Form, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, AliasChoices, Field, StrictBool, StringConstraints
+from pydantic import Field, StrictBool
 from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -47,13 +47,14 @@ from starlette.middleware import Middleware
 import auth
 import db
 import pgpipeline
-from lib import cors, develop, logs, middleware, openapi, problems, startup, telemetry, welcome
-from lib.docs import add_pages
+from lib import cors, develop, logs, middleware, openapi, problems, schemas, startup, welcome
 from lib.headers import Conditions, IdempotencyKey, IfConditions, next_link, precondition_failed
-from lib.paths import CanonicalPath, client_path
-from lib.problems import RETRY, HTTPProblem, Problem, Unauthorized
+from lib.paths import CanonicalPath, aliases_of, client_path
+from lib.problems import RETRY, HTTPProblem, Unauthorized
 from lib.routing import PreparedRoutes
+from lib.schemas import NOT_SENT, WHITESPACE, After, Limit, Offset, PageNumber
 from lib.settings import BaseSettings
+from lib.telemetry import telemetry
 
 VERSION = "1.1.0"
 
@@ -68,13 +69,6 @@ settings = Settings.load()
 
 # Schemas. SQLModel serves as pydantic's BaseModel here. No schema is a table: the SQL is in db.py.
 # A value that is refused is answered with the title and the description of its field.
-
-# \s means other characters in Rust, Python and JavaScript, so they are named. PostgreSQL stores no
-# \x00.
-WHITESPACE = r"\x00-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# The default of a field that a client may leave out. The service reads only the fields that were
-# sent (exclude_unset). A plain default would stand in OpenAPI, and clients would send it.
-NOT_SENT: Any = Field(default_factory=str)
 
 Title = Annotated[str, Field(
     title="Title", min_length=1, max_length=500, pattern=rf"^[^\x00]*[^{WHITESPACE}][^\x00]*$",
@@ -143,34 +137,25 @@ class Task(SQLModel):
 task_not_found = partial(HTTPProblem, 404, "Task not found", "task_not_found")  # or another user's
 malformed_id = partial(HTTPProblem, 404, "Task not found: ids are UUIDs", "task_not_found")
 identity_mismatch = partial(HTTPProblem, 403, "User identity mismatch", reason="another's path")
-page_too_large = partial(
-    HTTPProblem, 422, "Over 1 MB: ask for a smaller limit, or follow Link", "page_too_large"
-)
 account_gone = partial(Unauthorized, description="the account of this token has been deleted")
-unavailable = partial(HTTPProblem, 503, "The database is not available", "unavailable", RETRY)
-invalid = partial(HTTPProblem, 422, "The database cannot store this", "invalid_value")
 EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
-    pgpipeline.Unavailable: unavailable,
-    pgpipeline.InvalidValue: invalid,
+    pgpipeline.Unavailable: partial(HTTPProblem, 503, "The database is not available",
+        "unavailable", RETRY),
+    pgpipeline.InvalidValue: partial(HTTPProblem, 422, "The database cannot store this",
+        "invalid_value"),
     pgpipeline.UniqueViolation: partial(HTTPProblem, 409, "There is one like this already"),
     pgpipeline.ForeignKeyViolation: account_gone,
     pgpipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
-}
+}  # fmt: skip
 
-# What public frontends call our paths, and what each becomes. The rewrites run top down.
+# Other names of paths, as public frontends call them. `/auth/login` takes JSON and `/auth/token` a
+# form, so a client that mixes them up gets what it meant.
 ALIASES = [
-    (r"/api/v1/", "/api/"),
-    (r"/api/(?=(?:tasks|todos|auth|users|health)(?:/|$))", "/"),
-    (r"/todos(?=/|$)", "/tasks"),
-    (r"/users/([^/]+)/(?:tasks|todos)(?=/|$)", r"/api/\1/tasks"),
-    (r"/api/([^/]+)/todos(?=/|$)", r"/api/\1/tasks"),
-    (r"/((?:api/[^/]+/)?tasks)/create$", r"/\1"),
-    (r"/((?:api/[^/]+/)?tasks/[^/]+)/edit$", r"/\1"),
+    *aliases_of("tasks", "todos"),
     (r"/users/me$|/auth/current_user$", "/auth/me"),
     (r"/auth/signup$", "/auth/register"),
     (r"/auth/signin$", "/auth/login"),
 ]
-# /auth/login takes JSON and /auth/token a form. A client that mixes them up gets what it meant.
 BY_TYPE = {
     ("/auth/token", b"application/json"): "/auth/login",
     ("/auth/login", b"application/x-www-form-urlencoded"): "/auth/token",
@@ -190,14 +175,9 @@ app = openapi.DocumentedAPI(
         {"name": "tasks", "description": "A user's tasks."},
         {"name": "service", "description": "The service itself."},
     ],
-    docs_url=None,
-    redoc_url=None,
-    servers=[{"url": "/"}],
-    license_info={"name": "MIT", "identifier": "MIT"},
-    responses={"4XX": {"model": Problem}},
     generate_unique_id_function=lambda r: r.name + "_of_user" * r.path.startswith("/api/"),
     lifespan=startup.lifespan(db.start, db.stop),
-    telemetry=telemetry.telemetry(automatic=settings.fastapi_otel_auto_configure),
+    telemetry=telemetry(automatic=settings.fastapi_otel_auto_configure),
     middleware=[  # outermost first
         Middleware(middleware.ClientAddress, header=settings.client_ip_header),  # behind a proxy
         Middleware(middleware.RequestLog),  # an id, and a line in the log
@@ -209,18 +189,12 @@ app = openapi.DocumentedAPI(
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
-add_pages(app)  # /docs and /redoc
 
 
 # Tasks.
 
 CurrentUser = Annotated[str, Depends(auth.current_user)]
 Owner = Annotated[str, fastapi.Path(alias="user_id")]  # the user that a path names
-Limit = Annotated[int, Query(ge=1, le=1000, description="a whole number from 1 to 1000")]
-Page = Annotated[int | None, Query(ge=1, le=10**6, description="a whole number from 1")]
-Offset = Annotated[int | None, Query(ge=0, le=10**9, description="a whole number of tasks to skip",
-    validation_alias=AliasChoices("offset", "skip"))]  # fmt: skip
-After = Annotated[UUID | None, Query(description="the id of the last task seen")]
 Flag = Annotated[bool | None, Query(description="true or false")]
 Status = Literal["all", "completed", "done", "pending", "active", "incomplete", "todo"]
 STATUSES = {"all": None, "completed": True, "done": True}  # the others mean False
@@ -284,7 +258,7 @@ async def list_tasks(
     limit: Limit = 1000,
     after: After = None,
     offset: Offset = None,
-    page: Page = None,
+    page: PageNumber = None,
 ) -> Response:
     """List tasks, newest first. While more follow, `Link` has the address of the next page.
 
@@ -293,7 +267,8 @@ async def list_tasks(
     skipped = (offset or 0) + ((page or 1) - 1) * limit
     found = await db.select_tasks(user_id, completed, after, skipped, limit)
     if found.is_cut and (offset, page) != (None, None):  # the next offset or page would skip tasks
-        raise page_too_large()
+        text = "Over 1 MB: ask for a smaller limit, or follow Link"
+        raise HTTPProblem(422, text, "page_too_large")
     headers = {"Link": next_link(request, found.last_id)} if found.last_id else {}
     etag = f'"{hashlib.sha256(found.json).hexdigest()[:32]}"'
     return conditions.respond(found.json, etag, headers)
@@ -357,76 +332,18 @@ async def refusal(user_id: str, task_id: UUID, conditions: Conditions) -> HTTPPr
 
 # Accounts.
 
-Email = Annotated[str, StringConstraints(strip_whitespace=True), Field(
-    min_length=3, max_length=254, pattern=rf"^[^@{WHITESPACE}]+@[^@{WHITESPACE}]+$", title="E-mail",
-    description="needs an @ between two parts without spaces", examples=["ann@example.com"],
-), AfterValidator(auth.normal_email)]  # fmt: skip
-Password = Annotated[str, Field(
-    title="Password", min_length=8, max_length=128, description="8 to 128 characters",
-    examples=["correct horse"],
-)]  # fmt: skip
-AnyPassword = Annotated[str, Field(min_length=1, max_length=1024, examples=["correct horse"])]
-
-
-class User(SQLModel):
-    """A user. One of an outside issuer has no e-mail here, and no date before the first task."""
-
-    id: str
-    email: Email | None
-    created_at: datetime | None
-
-
-class Login(SQLModel):
-    """An e-mail, in upper or lower case, and a password."""
-
-    email: Email = Field(validation_alias=AliasChoices("email", "username"))
-    password: AnyPassword
-
-
-class Registration(Login):
-    """A new account."""
-
-    password: Password
-
-
-class PasswordChange(SQLModel):
-    """The password of an account, and the one that takes its place."""
-
-    current_password: AnyPassword
-    new_password: Password
-
-
-class Confirmation(SQLModel):
-    """The password of an account, which is asked for again."""
-
-    password: AnyPassword
-
-
-class AccessToken(SQLModel):
-    """A token (RFC 6749 section 5.1), good for `expires_in` seconds, and its user."""
-
-    access_token: str
-    token_type: Literal["bearer"]
-    expires_in: int = Field(examples=[auth.TOKEN_LIFETIME])
-    user: User
-
-
 email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_taken")
-wrong_credentials = partial(
-    Unauthorized, code="wrong_credentials", detail="Wrong e-mail or password"
-)
-wrong_password = partial(
-    Unauthorized, code="wrong_password", detail="The current password is wrong"
-)
+wrong_login = partial(Unauthorized, code="wrong_credentials", detail="Wrong e-mail or password")
+wrong_password = partial(Unauthorized, code="wrong_password", detail="Wrong current password")
 no_account = partial(HTTPProblem, 404, "This user has no account here", "account_not_found")
 too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")
 
 
 def account_route(path: str, refusal: HTTPProblem, status: int = 200) -> Decorator:
     """Registers a route that gives a token, if ACCOUNTS is on."""
-    options: Any = {"responses": openapi.errors(refusal, too_many), "response_model": AccessToken}
-    register: Any = app.post(path, status_code=status, tags=["accounts"], **options)
-    return register if auth.ACCOUNTS else lambda endpoint: endpoint
+    options: Any = {"response_model": schemas.AccessToken, "tags": ["accounts"]}
+    options |= {"status_code": status, "responses": openapi.errors(refusal, too_many)}
+    return app.post(path, **options) if auth.ACCOUNTS else lambda endpoint: endpoint
 
 
 def token_response(account: db.Account, status: int = 200) -> Response:
@@ -441,7 +358,7 @@ async def log_in(request: Request, email: str, password: str) -> Response:
     # Without an account it takes as long.
     matches = await auth.passwords.check(password, account and account.password_hash)
     if account is None or not matches:
-        raise wrong_credentials()
+        raise wrong_login()
     return token_response(account)
 
 
@@ -464,7 +381,7 @@ async def confirm(request: Request, user_id: str, password: str) -> None:
 
 
 @account_route("/auth/register", email_taken(), status=201)
-async def register(request: Request, body: Registration) -> Response:
+async def register(request: Request, body: schemas.Registration) -> Response:
     """Make an account and get its token."""
     await auth.throttle(request, body.email)
     account = await db.insert_account(body.email, await auth.passwords.hash(body.password))
@@ -473,15 +390,17 @@ async def register(request: Request, body: Registration) -> Response:
     return token_response(account, 201)
 
 
-@account_route("/auth/login", wrong_credentials())
-async def login(request: Request, body: Login) -> Response:
+@account_route("/auth/login", wrong_login())
+async def login(request: Request, body: schemas.Login) -> Response:
     """Get a token for an account."""
     return await log_in(request, body.email, body.password)
 
 
-@account_route("/auth/token", wrong_credentials())
+@account_route("/auth/token", wrong_login())
 async def login_by_form(
-    request: Request, username: Annotated[Email, Form()], password: Annotated[AnyPassword, Form()]
+    request: Request,
+    username: Annotated[schemas.Email, Form()],
+    password: Annotated[schemas.AnyPassword, Form()],
 ) -> Response:
     """Get a token by the form of OAuth2's password grant, as Swagger UI's Authorize does."""
     return await log_in(request, username, password)
@@ -498,7 +417,9 @@ CONFIRMED |= {"responses": openapi.errors(wrong_password(), no_account(), too_ma
 
 
 @app.put("/auth/password", **CONFIRMED)
-async def change_password(request: Request, user_id: CurrentUser, body: PasswordChange) -> Response:
+async def change_password(
+    request: Request, user_id: CurrentUser, body: schemas.PasswordChange
+) -> Response:
     """Change the password. Tokens that were issued before stay good until they end."""
     await confirm(request, user_id, body.current_password)
     await db.update_password(user_id, await auth.passwords.hash(body.new_password))
@@ -506,14 +427,16 @@ async def change_password(request: Request, user_id: CurrentUser, body: Password
 
 
 @app.delete("/auth/me", **CONFIRMED)
-async def delete_account(request: Request, user_id: CurrentUser, body: Confirmation) -> Response:
+async def delete_account(
+    request: Request, user_id: CurrentUser, body: schemas.Confirmation
+) -> Response:
     """Delete the account and all its tasks."""
     await confirm(request, user_id, body.password)
     await db.delete_user(user_id)
     return Response(status_code=204)
 
 
-@app.get("/auth/me", response_model=User, tags=["accounts"])
+@app.get("/auth/me", response_model=schemas.User, tags=["accounts"])
 async def me(user_id: CurrentUser) -> Response:
     """Read the user whose token this is."""
     user = await find_user(user_id)

@@ -45,7 +45,7 @@ END $move$;
 
 -- Whoever owns tasks has a row. A user of an outside issuer gets one with the first task: an id and
 -- nothing else. Ids are text because issuers choose them, as Auth0 does with "auth0|5f7c". E-mails
--- are stored in lower case, as normal_email() in auth.py writes them.
+-- are stored in lower case, as normal_email() in lib/schemas.py writes them.
 CREATE TABLE IF NOT EXISTS todo.users (
     id            text        NOT NULL DEFAULT todo.uuidv7()::text,
     email         text,

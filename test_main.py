@@ -980,7 +980,7 @@ def test_a_wrong_current_password_is_401_and_changes_nothing(
 ) -> None:
     wrong = {name: value.replace(PASSWORD, "wrong") for name, value in body.items()}
     response = ann.request(method, path, json=wrong)
-    refusal(response, 401, "wrong_password", "The current password is wrong")
+    refusal(response, 401, "wrong_password", "Wrong current password")
     assert "error=" not in response.headers["www-authenticate"]  # the token is good
     assert ann.post("/auth/login", json=account).status_code == 200
 

@@ -8,6 +8,7 @@ What a request passes, from the outside in:
     middleware   the client's address, the log, errors, bodies
     cors         which web pages may call the service
     paths        one form for each path
+    schemas      parts of schemas, and the schemas of accounts
     routing      routes without FastAPI's work for each request
     state        what is known of a request: RequestState, by state_of(scope)
     headers      what routes take from headers: conditions, Idempotency-Key; Link
@@ -17,6 +18,7 @@ What a request passes, from the outside in:
 
 Identity:
 
+    tokens       JWTs: the signature, and what the claims say
     jwks         an issuer's public keys
     passwords    hashes by bcrypt
     ratelimit    limits in a window of time

@@ -4,7 +4,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from lib.problems import HTTPProblem
+from lib import docs
+from lib.problems import HTTPProblem, Problem
 
 PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
 OTHER = ("4XX", "5XX")
@@ -37,7 +38,13 @@ EXAMPLES: dict[str, Any] = {  # by the format or type of a value whose schema ha
 
 
 class DocumentedAPI(FastAPI):
-    """FastAPI with a completed document."""
+    """FastAPI with a completed document, and pages for it at /docs and /redoc."""
+
+    def __init__(self, **options: Any) -> None:
+        options |= {"docs_url": None, "redoc_url": None, "responses": {"4XX": {"model": Problem}}}
+        options |= {"servers": [{"url": "/"}], "license_info": {"name": "MIT", "identifier": "MIT"}}
+        super().__init__(**options)
+        docs.add_pages(self)
 
     def openapi(self) -> dict[str, Any]:
         return self.openapi_schema or complete(super().openapi())

@@ -64,3 +64,19 @@ class CanonicalPath:
 def client_path(request: Request) -> str:
     """The path by which the client came, with the root path, quoted for Location and Link."""
     return quote(state_of(request.scope).path)
+
+
+def aliases_of(name: str, *others: str) -> list[tuple[str, str]]:
+    """Other paths by which clients call a collection `/name`, and a user's `/api/{user}/name`.
+
+    It may be below /api or /api/v1 or /users/{user}, and be called by one of the `others`.
+    """
+    names = "|".join([name, *others])
+    return [
+        (r"/api/v1/", "/api/"),
+        (rf"/api/(?=(?:{names}|auth|users|health)(?:/|$))", "/"),
+        (rf"/users/([^/]+)/(?:{names})(?=/|$)", rf"/api/\1/{name}"),
+        (rf"/(api/[^/]+/)?(?:{names})(?=/|$)", rf"/\1{name}"),
+        (rf"/((?:api/[^/]+/)?{name})/create$", r"/\1"),
+        (rf"/((?:api/[^/]+/)?{name}/[^/]+)/edit$", r"/\1"),
+    ]

@@ -19,9 +19,9 @@ from httpx import Client
 from psycopg import Connection, sql
 from psycopg.conninfo import make_conninfo
 
-import auth
 from conftest import HERE, Task
 from lib.prepare import prepare_database
+from lib.schemas import normal_email
 
 parametrize = pytest.mark.parametrize
 SCHEMA = (HERE / "schema.sql").read_bytes()
@@ -130,7 +130,7 @@ def test_e_mails_of_an_earlier_release_get_their_one_spelling_in_any_locale(post
             connection.execute(query, [email])
         connection.execute(SCHEMA)
         found = connection.execute("SELECT email FROM todo.users").fetchall()
-    spellings = {auth.normal_email(email) for email in ACCOUNTS_OF_1_0}
+    spellings = {normal_email(email) for email in ACCOUNTS_OF_1_0}
     assert {email for (email,) in found} == spellings | {"\xc9\xc8@x"}  # whose spelling is taken
 
 

@@ -49,6 +49,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "verified", {})
     monkeypatch.setattr(auth, "limiter", RateLimiter())
     monkeypatch.setattr(auth, "SECRET", SECRET)
+    monkeypatch.setattr(auth.verifier, "secret", SECRET)
     monkeypatch.setattr(auth, "ACCOUNTS", True)
 
 
@@ -71,8 +72,9 @@ def refused(token: str) -> bool:
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Sets auth.py's clock forward."""
-    monkeypatch.setattr(auth, "time", lambda: time.time() + seconds)
+    """Sets the clock of tokens forward."""
+    for module in ("auth", "lib.tokens"):
+        monkeypatch.setattr(f"{module}.time", lambda: time.time() + seconds)
 
 
 # Tokens.
@@ -107,7 +109,7 @@ def test_a_token_is_verified_again_after_a_minute(
 ) -> None:
     token = signed()
     assert not refused(token)
-    monkeypatch.setattr(auth, "SECRET", "another secret, of thirty-two bytes and more")
+    monkeypatch.setattr(auth.verifier, "secret", "another secret, of thirty-two bytes and more")
     clock(monkeypatch, seconds)
     assert refused(token) is is_refused
 
@@ -141,6 +143,9 @@ def test_an_accounts_token_has_what_is_asked_of_other_tokens(
     wanted = {"ISSUER": "https://issuer.example", "AUDIENCE": "todo", "USER_CLAIM": "user_id"}
     for name, value in wanted.items():
         monkeypatch.setattr(auth, name, value)
+    changed: Any = {name.lower(): value for name, value in wanted.items()}
+    rules = auth.rules._replace(**changed)
+    monkeypatch.setattr(auth.verifier, "rules", rules)
     made = auth.issue_token("u")
     claims = jwt.decode(made, SECRET, ["HS256"], options={"verify_aud": False})
     assert (claims["iss"], claims["aud"]) == ("https://issuer.example", "todo")
@@ -150,12 +155,12 @@ def test_an_accounts_token_has_what_is_asked_of_other_tokens(
 def test_a_header_sent_twice_leaves_the_token_cache_on(monkeypatch: pytest.MonkeyPatch) -> None:
     verified = 0
 
-    async def verify(_: str) -> dict[str, Any]:
+    async def verify(_: str) -> tuple[str, float, bool]:
         nonlocal verified
         verified += 1
-        return {auth.USER_CLAIM: "u", "exp": time.time() + 60}
+        return "u", time.time() + 60, False
 
-    monkeypatch.setattr(auth, "verify", verify)
+    monkeypatch.setattr(auth.verifier, "verify", verify)
     sent = uuid.uuid4().hex.encode()
     headers = [(b"x", b"1"), (b"authorization", b"Bearer " + sent), (b"x", b"2")]
     for _ in range(3):
@@ -170,7 +175,7 @@ def test_an_issuers_user_never_is_an_account(
     monkeypatch: pytest.MonkeyPatch, issuer: Issuer, sub: str, is_refused: bool
 ) -> None:
     federate(monkeypatch, issuer)
-    monkeypatch.setattr(auth, "AUDIENCE", "todo")
+    monkeypatch.setattr(auth.verifier, "rules", auth.rules._replace(audience="todo"))
     assert refused(issuer.token(sub=sub)) is is_refused
 
 
@@ -590,7 +595,7 @@ def test_an_error_of_the_issuer_is_503_and_the_log_has_its_status(
 def federate(monkeypatch: pytest.MonkeyPatch, issuer: Issuer) -> KeySet:
     """Makes auth.py take this issuer's tokens."""
     keys = KeySet(issuer.url, ALGORITHMS)
-    monkeypatch.setattr(auth, "key_set", keys)
+    monkeypatch.setattr(auth.verifier, "key_set", keys)
     return keys
 
 
@@ -627,7 +632,7 @@ def test_an_algorithm_may_have_its_name_of_rfc_9864(
     for used in (alg, name):
         token = jwt.encode({"sub": "u", "exp": time.time() + 60}, key, used, {"kid": kid})
         assert not refused(token)
-        auth.key_set.tried -= 6
+        auth.verifier.key_set.tried -= 6
 
 
 SPOILT: list[Any] = [None, 7, {}, {"kty": ["x"]}, {"kty": "RSA", "n": 5, "e": {}, "alg": []}]

@@ -1,0 +1,87 @@
+"""Parts of schemas that do not depend on what the service is about, and the schemas of accounts.
+
+A field's title and description are the message of a 422. SQLModel serves as pydantic's BaseModel.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from fastapi import Query
+from pydantic import AfterValidator, AliasChoices, Field, StringConstraints
+from sqlmodel import SQLModel
+
+# \s means other characters in Rust, Python and JavaScript, so they are named. PostgreSQL stores no
+# \x00.
+WHITESPACE = r"\x00-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# The default of a field that a client may leave out. The service reads only the fields that were
+# sent (exclude_unset). A plain default would stand in OpenAPI, and clients would send it.
+NOT_SENT: Any = Field(default_factory=str)
+
+# Pages of a list.
+Limit = Annotated[int, Query(ge=1, le=1000, description="a whole number from 1 to 1000")]
+PageNumber = Annotated[int | None, Query(ge=1, le=10**6, description="a whole number from 1")]
+Offset = Annotated[int | None, Query(ge=0, le=10**9, description="a whole number to skip",
+    validation_alias=AliasChoices("offset", "skip"))]  # fmt: skip
+After = Annotated[UUID | None, Query(description="the id of the last one seen")]
+
+# Accounts.
+
+
+def normal_email(email: str) -> str:
+    """The one spelling by which an e-mail is stored, found and counted."""
+    return email.lower()
+
+
+Email = Annotated[str, StringConstraints(strip_whitespace=True), Field(
+    min_length=3, max_length=254, pattern=rf"^[^@{WHITESPACE}]+@[^@{WHITESPACE}]+$", title="E-mail",
+    description="needs an @ between two parts without spaces", examples=["ann@example.com"],
+), AfterValidator(normal_email)]  # fmt: skip
+Password = Annotated[str, Field(
+    title="Password", min_length=8, max_length=128, description="8 to 128 characters",
+    examples=["correct horse"],
+)]  # fmt: skip
+AnyPassword = Annotated[str, Field(min_length=1, max_length=1024, examples=["correct horse"])]
+
+
+class User(SQLModel):
+    """A user. One of an outside issuer has no e-mail here, and no date before the first task."""
+
+    id: str
+    email: Email | None
+    created_at: datetime | None
+
+
+class Login(SQLModel):
+    """An e-mail, in upper or lower case, and a password."""
+
+    email: Email = Field(validation_alias=AliasChoices("email", "username"))
+    password: AnyPassword
+
+
+class Registration(Login):
+    """A new account."""
+
+    password: Password
+
+
+class PasswordChange(SQLModel):
+    """The password of an account, and the one that takes its place."""
+
+    current_password: AnyPassword
+    new_password: Password
+
+
+class Confirmation(SQLModel):
+    """The password of an account, which is asked for again."""
+
+    password: AnyPassword
+
+
+class AccessToken(SQLModel):
+    """A token (RFC 6749 section 5.1), good for `expires_in` seconds, and its user."""
+
+    access_token: str
+    token_type: Literal["bearer"]
+    expires_in: int = Field(examples=[86_400])
+    user: User

@@ -1,0 +1,109 @@
+"""Verifies JWTs (RFC 7519): the signature first, and then what the claims say.
+
+verifier = TokenVerifier(secret, key_set, Rules(issuer="https://app.example", …))
+user_id, expires = await verifier.verify(token)     # raises Unauthorized
+"""
+
+import re
+from time import time
+from typing import Any, NamedTuple
+
+import jwt
+
+from lib.jwks import KeySet
+from lib.problems import Unauthorized
+
+COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
+
+
+class Rules(NamedTuple):
+    """What a token has to be. An issuer or audience of "" is any."""
+
+    issuer: str
+    audience: str
+    user_claim: str  # the claim that holds the user id
+    max_token: int  # bytes
+    max_user_id: int  # characters
+    clock_skew: int  # seconds that the issuer's clock may be ahead
+
+
+class TokenVerifier:
+    """HS256 meets the secret alone, and every other algorithm the keys of the issuer alone."""
+
+    def __init__(self, secret: str, key_set: KeySet, rules: Rules) -> None:
+        self.secret, self.key_set, self.rules = secret, key_set, rules
+
+    async def verify(self, token: str) -> tuple[str, float, bool]:
+        """The user id, the expiry in seconds since 1970, and whether an outside issuer signed it.
+
+        Raises Unauthorized. A token with a good signature is told what is wrong with it; why a
+        signature is refused stands in the log alone. Raises HTTPProblem(503) while the issuer's
+        keys are out of reach.
+        """
+        if token.count(".") != 2:
+            text = "not a JWT: an opaque session token has to be exchanged for one"
+            raise Unauthorized(code="token_not_jwt", description=text)
+        if len(token) > self.rules.max_token or not COMPACT_JWS.fullmatch(token):
+            raise Unauthorized(reason="not a JWT, or too long")
+        try:
+            header = jwt.get_unverified_header(token)
+            alg, kid = str(header.get("alg")), header.get("kid")
+            if alg == "HS256" and self.secret:
+                return *self.read(decode(token, alg, self.secret)), False
+            return *self.read(await self.decode_by_issuer(token, alg, kid)), True
+        except jwt.PyJWTError as error:
+            raise Unauthorized(reason=str(error)[:100]) from None
+
+    async def decode_by_issuer(self, token: str, alg: str, kid: str | None) -> dict[str, Any]:
+        key = await self.key_set.find(kid, alg)
+        try:
+            return decode(token, alg, key)
+        except jwt.InvalidSignatureError:
+            key = await self.key_set.find(kid, alg, refused=key)  # replaced under its kid, perhaps
+            if key is None:
+                raise
+            return decode(token, alg, key)
+
+    def read(self, claims: dict[str, Any]) -> tuple[str, float]:
+        """The user id and the expiry. Raises Unauthorized that names the first wrong claim."""
+        rules = self.rules
+        needed = {"exp": True, rules.user_claim: True, "iss": rules.issuer, "aud": rules.audience}
+        for name, is_needed in needed.items():
+            if is_needed and claims.get(name) is None:
+                raise Unauthorized(description=f"the token has no claim {name}")
+        self.check_times(claims)
+        audiences = claims.get("aud")
+        if rules.issuer and claims["iss"] != rules.issuer:
+            raise Unauthorized(description="the token is of another issuer")
+        if rules.audience and rules.audience not in (
+            audiences if isinstance(audiences, list) else [audiences]
+        ):
+            raise Unauthorized(description="the token is for another audience")
+        user_id, size = claims[rules.user_claim], rules.max_user_id
+        is_text = isinstance(user_id, str) and user_id.isprintable()
+        if not is_text or not 1 <= len(user_id) <= size:
+            text = f"the claim {rules.user_claim} is not a text of 1 to {size} visible characters"
+            raise Unauthorized(description=text)
+        return user_id, claims["exp"]
+
+    def check_times(self, claims: dict[str, Any]) -> None:
+        now = time()
+        for name in ("exp", "nbf", "iat"):
+            # True is an int. JavaScript's milliseconds would make a token good for 50,000 years.
+            value = claims.get(name) or 0
+            if type(value) not in (int, float) or not 0 <= value < 1e12:
+                text = f"the claim {name} is not a number of seconds since 1970"
+                raise Unauthorized(description=text)
+            if name != "exp" and value > now + self.rules.clock_skew:
+                raise Unauthorized(description=f"the claim {name} is in the future")
+        if claims["exp"] <= now:
+            raise Unauthorized(code="token_expired", description="the token has expired")
+
+
+def decode(token: str, alg: str, key: str | jwt.PyJWK | None) -> dict[str, Any]:
+    """Verifies the signature. PyJWT would take "1" for a time, so it judges no claim."""
+    if key is None:
+        raise jwt.InvalidKeyError(f"no key for the algorithm {alg:.16}, or none with its kid")
+    claims = ("exp", "nbf", "iat", "iss", "aud", "sub", "jti")
+    options: Any = {f"verify_{name}": False for name in claims}
+    return jwt.decode(token, key if isinstance(key, str) else key.key, [alg], options=options)
