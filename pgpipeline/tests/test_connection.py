@@ -16,7 +16,7 @@ from pgpipeline import ConnectionPool, PipelinePool, Statement, Unavailable, Une
 from pgpipeline.connection import Connection
 from pgpipeline.pipeline import Pipeline
 from pgpipeline.queue import Query
-from pgpipeline.tests.conftest import OTHERS, ask, start, value
+from pgpipeline.tests.conftest import OTHERS, ask, pool_of, start, value
 
 pytestmark = pytest.mark.anyio
 SLOW_INSERT = "INSERT INTO stored SELECT 1 FROM pg_sleep(0.5) RETURNING n"
@@ -128,15 +128,14 @@ async def test_a_socket_that_gets_the_number_of_a_lost_one_is_watched(
 
 
 @pytest.mark.parametrize("sql", ["DEALLOCATE ALL", "SET default_transaction_read_only = on"])
-async def test_a_session_that_was_changed_fails_nothing(
-    pool: PipelinePool, table: str, sql: str
-) -> None:
+async def test_a_session_that_was_changed_fails_nothing(table: str, sql: str) -> None:
     insert = "INSERT INTO stored VALUES (%(n)s::integer) RETURNING n"
-    await ask(pool, insert, n=1)
-    await ask(pool, sql)
-    assert (await ask(pool, insert, n=2)).rows == [(b"2",)]
-    prepared = await ask(pool, "SELECT count(*) FROM pg_prepared_statements WHERE name ~ 'TEST'")
-    assert prepared.rows == [(b"2",)]  # that one, and this one
+    listed = "SELECT count(*) FROM pg_prepared_statements WHERE name ~ 'TEST'"
+    async with pool_of(table, size=1, max_size=1) as pool:
+        await ask(pool, insert, n=1)
+        await ask(pool, sql)
+        assert (await ask(pool, insert, n=2)).rows == [(b"2",)]
+        assert (await ask(pool, listed)).rows == [(b"2",)]  # that one, and this one
 
 
 async def test_a_statement_that_could_not_be_prepared_is_prepared_later(
