@@ -424,5 +424,5 @@ def test_a_start_on_a_lock_says_what_it_waits_for_and_goes_on(by_hand: str, tmp_
         lock.start()
         with serving(by_hand, tmp_path / "log") as server:
             messages = [line["message"] for line in server.log()]
-    assert any("waits for a lock" in message for message in messages)
+    assert any("waits for a lock on a table" in message for message in messages)
     assert "schema applied" in messages
