@@ -7,23 +7,21 @@ takes only the secret, the others only the keys behind JWT_JWKS_URL.
 import hashlib
 import re
 from time import time
-from typing import Literal
+from typing import Annotated, Literal
 
 import jwt
 from fastapi import Request
 from fastapi.security import HTTPBearer, OAuth2PasswordBearer
 from fastapi.security.base import SecurityBase
-from pydantic import ValidationInfo, field_validator
 
 from lib.jwks import KeySet
 from lib.passwords import Passwords
 from lib.problems import Unauthorized
 from lib.ratelimit import LIMIT, RateLimiter, networks, parse_limit
-from lib.settings import BaseSettings
+from lib.settings import HOST, BaseSettings, Secret, form
 from lib.state import state_of
 from lib.tokens import Rules, TokenVerifier
 
-MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
 ALGORITHMS = ("EdDSA", "ES256", "RS256")  # of JWT_JWKS_URL
 MAX_TOKEN = 8192  # bytes: a longer token is refused unread
 MAX_USER_ID = 255  # characters, as in schema.sql
@@ -35,53 +33,24 @@ BCRYPT_COST = 12  # 0.24 s of a core
 MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # passwords at a time, and those that wait: for 2.4 s
 ACCOUNT_LIMIT = parse_limit("10/minute")  # passwords and registrations with one e-mail
 ADDRESS_LIMIT = parse_limit("100/minute")  # the same from one IPv4 address or IPv6 /64
+# What settings look like.
+URL, REDIS = rf"https?://{HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
+NAME, CLAIM = r"(?!https?:/*$)[^\s,]+", r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+"
 UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 
-# Settings.
 
-PLACEHOLDER = re.compile(r"change.?(me|this)|replace.?(me|this)|your.{0,12}secret", re.IGNORECASE)
-HOST = r"([^\s/?#@]*@)?(\[[^\s/?#@]+\]|[^\s/?#@:]+)(:[1-9]\d{0,4})?"
-FORMS = {  # what each may look like, and what is said of any other value
-    "jwt_jwks_url": (rf"https?://{HOST}(/\S*)?", "is not an http or https URL"),
-    "jwt_issuer": (r"(?!https?:/*$)[^\s,]+", "is not one `iss` of a token"),
-    "jwt_audience": (r"(?!https?:/*$)[^\s,]+", "is not one `aud` of a token"),
-    "jwt_user_claim": (r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+", "is no claim with a user"),
-    "rate_limit": (rf"{LIMIT}|off", "is not a limit like 600/minute"),
-    "rate_limit_storage_uri": (rf"rediss?://{HOST}([/?]\S*)?", "is not like redis://host:6379"),
-}
-
-
-# Each is a variable of the environment, which .env.example explains.
 class Settings(BaseSettings):
-    jwt_secret: str = ""  # signs and verifies HS256 tokens; with it there are accounts
-    better_auth_secret: str = ""  # verifies them where jwt_secret is not set
-    jwt_jwks_url: str = ""  # where an issuer publishes its keys
-    jwt_issuer: str = ""  # if set, the only `iss` that is accepted
-    jwt_audience: str = ""  # if set, the only `aud` that is accepted
-    jwt_user_claim: str = "sub"  # the claim that holds the user id
+    jwt_secret: Secret = ""  # signs and verifies HS256 tokens; with it there are accounts
+    better_auth_secret: Secret = ""  # verifies them where jwt_secret is not set
+    # Where an issuer publishes its keys, and if set, the only `iss` and `aud` that are accepted.
+    jwt_jwks_url: Annotated[str, form(URL, "is not an http or https URL")] = ""
+    jwt_issuer: Annotated[str, form(NAME, "is not one `iss` of a token")] = ""
+    jwt_audience: Annotated[str, form(NAME, "is not one `aud` of a token")] = ""
+    jwt_user_claim: Annotated[str, form(CLAIM, "is no claim with a user")] = "sub"
     accounts: Literal["on", "off"] | None = None  # off: somebody else makes the HS256 tokens
-    rate_limit: str = "600/minute"  # requests of one user; off: any number
-    rate_limit_storage_uri: str = ""  # a Redis that counts for several instances
-
-    @field_validator("jwt_secret", "better_auth_secret")
-    @classmethod
-    def check_secret(cls, secret: str) -> str:
-        hint = "`openssl rand -base64 32` makes one"
-        if secret and len(secret.encode()) < MIN_SECRET:
-            raise ValueError(f"is shorter than {MIN_SECRET} bytes: {hint}")
-        if secret and (PLACEHOLDER.search(secret) or len(set(secret)) == 1):
-            raise ValueError(f"can be guessed: {hint}")
-        return secret
-
-    @field_validator(*FORMS)
-    @classmethod
-    def check_form(cls, value: str, info: ValidationInfo) -> str:
-        form, text = FORMS[str(info.field_name)]
-        if value.endswith("/openid-configuration"):
-            raise ValueError("is the discovery document: take `jwks_uri` or `issuer` out of it")
-        if value and not re.fullmatch(form, value, re.ASCII):
-            raise ValueError(text)
-        return value
+    # Requests of one user, or `off` for any number, and a Redis that counts for several instances.
+    rate_limit: Annotated[str, form(rf"{LIMIT}|off", "is not like 600/minute")] = "600/minute"
+    rate_limit_storage_uri: Annotated[str, form(REDIS, "is not like redis://host:6379")] = ""
 
 
 settings = Settings.load()

@@ -19,8 +19,6 @@ from pgpipeline import ConnectionPool, ForeignKeyViolation, PipelinePool, Result
 
 
 class Settings(BaseSettings):
-    """Where the database is."""
-
     database_url: str = ""  # required, but not by `python main.py`
 
 
@@ -39,9 +37,10 @@ PING_TTL = 5.0  # seconds for which an answer of the database counts as a sign o
 
 
 class TaskJSON(NamedTuple):
-    """A task as JSON in UTF-8, and its ETag: "version-SHAPE"."""
+    """A task as JSON in UTF-8, its id, and its ETag: "version-SHAPE"."""
 
     json: bytes
+    id: str
     etag: str
 
 
@@ -99,14 +98,6 @@ async def select_tasks(
     return to_page(lines or b"", has_surplus=int(count) > limit)
 
 
-class Stored(NamedTuple):
-    """A stored task, its id, and whether an earlier request with its key had stored it."""
-
-    task: TaskJSON
-    id: str
-    replayed: bool
-
-
 # A known Idempotency-Key makes this an UPDATE that changes nothing, because DO NOTHING returns no
 # row. xmax, the transaction that replaced a row, is 0 in a row that was inserted just now. No row
 # comes back when the key was used with another body.
@@ -128,11 +119,11 @@ ON CONFLICT (id) DO NOTHING
 
 async def insert_task(
     user_id: str, fields: dict[str, Value], key: str | None, sent: str, *, outside: bool
-) -> Stored | None:
-    """Stores a task. None when the Idempotency-Key was used with another body; `sent` is the body.
+) -> tuple[TaskJSON, bool] | None:
+    """Stores a task, and says whether an earlier request with its key had stored it.
 
-    A user of an `outside` issuer gets a row with the first task. Raises ForeignKeyViolation for an
-    account that has been deleted.
+    None when the key was used with another body than `sent`. A user of an `outside` issuer gets a
+    row with the first task. Raises ForeignKeyViolation for an account that has been deleted.
     """
     digest = hashlib.sha256(sent.encode()).hexdigest() if key else None
     values = {**fields, "user_id": user_id, "key": key, "digest": digest}
@@ -143,10 +134,8 @@ async def insert_task(
             raise
         await fetch(INSERT_OWNER, user_id=user_id)
         result = await fetch(INSERT_TASK, **values)
-    if not (task := to_task(result)):
-        return None
-    [(task_id, *_, replayed)] = result
-    return Stored(task, task_id.decode(), replayed == b"t")
+    task = to_task(result)
+    return (task, result.rows[0][-1] == b"t") if task else None
 
 
 # Fields that were not sent keep their values. No index has these columns, so the update is HOT.
@@ -191,9 +180,8 @@ async def toggle_task(
     user_id: str, task_id: UUID, completed: bool | None, versions: str | None
 ) -> TaskJSON | None:
     """Sets `completed`, or flips it for None, if the version is in `versions`."""
-    values: dict[str, Value] = {"user_id": user_id, "task_id": task_id}
-    values |= {"completed": completed, "versions": versions}
-    return to_task(await fetch(TOGGLE_TASK, **values))
+    values: dict[str, Value] = {"completed": completed, "versions": versions}
+    return to_task(await fetch(TOGGLE_TASK, user_id=user_id, task_id=task_id, **values))
 
 
 DELETE_TASK = Statement("DELETE_TASK", """
@@ -261,7 +249,6 @@ UPDATE_PASSWORD = Statement("UPDATE_PASSWORD", """
 UPDATE todo.users
 SET password_hash = %(password_hash)s
 WHERE id = %(user_id)s
-RETURNING id
 """)
 
 
@@ -273,7 +260,6 @@ async def update_password(user_id: str, password_hash: str) -> None:
 DELETE_USER = Statement("DELETE_USER", """
 DELETE FROM todo.users
 WHERE id = %(user_id)s
-RETURNING id
 """)
 
 
@@ -291,8 +277,6 @@ async def ping() -> None:
 
 
 # fmt: on
-
-# Connections.
 
 # Prepared at start, so that a mistake in one shows then.
 STATEMENTS = [each for each in list(globals().values()) if isinstance(each, Statement)]
@@ -331,14 +315,11 @@ async def fetch(statement: Statement, **values: Value) -> Result:
     return await pool.execute(statement, values, str(tenant))
 
 
-# Rows as answers.
-
-
 def to_task(result: Result) -> TaskJSON | None:
     if not result:
         return None
-    version = result.rows[0][len(SHOWN)].decode()
-    return TaskJSON(result.json(stop=len(SHOWN)), f'"{version}-{SHAPE}"')
+    task_id, version = result.rows[0][0].decode(), result.rows[0][len(SHOWN)].decode()
+    return TaskJSON(result.json(stop=len(SHOWN)), task_id, f'"{version}-{SHAPE}"')
 
 
 def to_page(lines: bytes, *, has_surplus: bool) -> Page:

@@ -30,7 +30,6 @@ import json
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -49,7 +48,7 @@ import db
 import pgpipeline
 from lib import cors, develop, logs, middleware, openapi, problems, schemas, startup, welcome
 from lib.headers import Conditions, IdempotencyKey, IfConditions, next_link, precondition_failed
-from lib.paths import CanonicalPath, aliases_of, client_path
+from lib.paths import ACCOUNT_ALIASES, LOGIN_BY_TYPE, CanonicalPath, aliases_of, client_path
 from lib.problems import RETRY, HTTPProblem, Unauthorized
 from lib.routing import PreparedRoutes
 from lib.schemas import NOT_SENT, WHITESPACE, After, Limit, Offset, PageNumber
@@ -148,19 +147,8 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
     pgpipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
 }  # fmt: skip
 
-# Other names of paths, as public frontends call them. `/auth/login` takes JSON and `/auth/token` a
-# form, so a client that mixes them up gets what it meant.
-ALIASES = [
-    *aliases_of("tasks", "todos"),
-    (r"/users/me$|/auth/current_user$", "/auth/me"),
-    (r"/auth/signup$", "/auth/register"),
-    (r"/auth/signin$", "/auth/login"),
-]
-BY_TYPE = {
-    ("/auth/token", b"application/json"): "/auth/login",
-    ("/auth/login", b"application/x-www-form-urlencoded"): "/auth/token",
-    ("/auth/login", b"multipart/form-data"): "/auth/token",
-}
+# Other names of paths, as public frontends call them (lib/paths.py).
+ALIASES = [*aliases_of("tasks", "todos"), *ACCOUNT_ALIASES]
 CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no alias changes these
 
 # `respond` answers an exception with a problem. It is called by ErrorResponses, or by FastAPI for a
@@ -170,11 +158,7 @@ app = openapi.DocumentedAPI(
     title="Todo",
     version=VERSION,
     description="Todos of many users. An error's `detail` is for people, `code` for programs.",
-    openapi_tags=[
-        {"name": "accounts", "description": "Users and tokens."},
-        {"name": "tasks", "description": "A user's tasks."},
-        {"name": "service", "description": "The service itself."},
-    ],
+    tags={"accounts": "Users and tokens.", "tasks": "A user's tasks.", "service": "The service."},
     generate_unique_id_function=lambda r: r.name + "_of_user" * r.path.startswith("/api/"),
     lifespan=startup.lifespan(db.start, db.stop),
     telemetry=telemetry(automatic=settings.fastapi_otel_auto_configure),
@@ -183,7 +167,7 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
         Middleware(middleware.ErrorResponses, respond=respond),
-        Middleware(CanonicalPath, aliases=ALIASES, by_type=BY_TYPE, unless=CANONICAL),
+        Middleware(CanonicalPath, aliases=ALIASES, by_type=LOGIN_BY_TYPE, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
         Middleware(PreparedRoutes),  # calls most routes without FastAPI's work for each request
     ],
@@ -243,10 +227,11 @@ async def create_task(
     stored = await db.insert_task(user_id, body.model_dump(), key, sent, outside=outside)
     if stored is None:
         raise HTTPProblem(422, "This Idempotency-Key came with another body before", "key_reused")
-    location = f"{client_path(request).removesuffix('/create')}/{stored.id}"
-    replayed = {"Idempotent-Replayed": "true"} if stored.replayed else {}
-    headers = {"ETag": stored.task.etag, "Location": location, **replayed}
-    return Response(stored.task.json, 201, headers, "application/json")
+    task, is_replay = stored
+    location = f"{client_path(request).removesuffix('/create')}/{task.id}"
+    headers = {"ETag": task.etag, "Location": location}
+    headers |= {"Idempotent-Replayed": "true"} if is_replay else {}
+    return Response(task.json, 201, headers, "application/json")
 
 
 @route("GET", "/tasks", response_model=list[Task])
@@ -469,7 +454,6 @@ async def root(request: Request) -> Response:
 if __name__ == "__main__":
     develop.run(
         "main:app",
-        Path(__file__).resolve().parent,
         database=not db.settings.database_url,
         secret=not (auth.SECRET or auth.JWKS_URL),
         origins=not settings.cors_origins,

@@ -1,6 +1,6 @@
 """`python main.py`: the service on this machine, with a PostgreSQL and a secret kept in .data.
 
-    develop.run("main:app", folder, database=True, secret=True, origins=True)
+    develop.run("main:app", database=True, secret=True, origins=True)
 
 run() starts what the service needs, and the service in a second process: the modules that the first
 one has imported have read their settings already.
@@ -24,12 +24,13 @@ from lib import embedded
 from lib import serve as server
 
 DATA = ".data"
+FOLDER = Path(__file__).resolve().parent.parent  # of the service
 PORTS = (3000, 5173)  # of Next.js and Vite
 ORIGINS = [f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in PORTS]
 
 
-def run(app: str, folder: Path, *, database: bool, secret: bool, origins: bool) -> None:
-    """Serves `app`, an import string, from `folder` until a signal comes, and exits.
+def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
+    """Serves `app`, an import string, until a signal comes, and exits.
 
     `database`, `secret` and `origins` say whether to make DATABASE_URL, JWT_SECRET, CORS_ORIGINS.
     What keeps the service from starting is told in one line.
@@ -43,9 +44,9 @@ def run(app: str, folder: Path, *, database: bool, secret: bool, origins: bool) 
         listener = stack.enter_context(listen(server.Settings.load().port))
         try:
             if database:
-                os.environ["DATABASE_URL"] = stack.enter_context(embedded.postgres(folder / DATA))
+                os.environ["DATABASE_URL"] = stack.enter_context(embedded.postgres(FOLDER / DATA))
             if secret:
-                os.environ["JWT_SECRET"] = keep_secret(folder / DATA / "secret")
+                os.environ["JWT_SECRET"] = keep_secret(FOLDER / DATA / "secret")
         except OSError as error:
             sys.exit(f"{error}. Make it writable, or set DATABASE_URL and JWT_SECRET")
         print(f"\nDocs:  http://127.0.0.1:{listener.getsockname()[1]}/docs")
@@ -55,7 +56,7 @@ def run(app: str, folder: Path, *, database: bool, secret: bool, origins: bool) 
         print("Stop:  Ctrl-C\n", flush=True)
         fd = listener.fileno()
         command = [sys.executable, "-m", "lib.develop", app, str(fd), str(os.getpid()), *options]
-        service = stack.enter_context(Popen(command, cwd=folder, pass_fds=[fd]))
+        service = stack.enter_context(Popen(command, cwd=FOLDER, pass_fds=[fd]))
         stack.callback(service.terminate)
         sys.exit(service.wait())
 

@@ -40,7 +40,9 @@ EXAMPLES: dict[str, Any] = {  # by the format or type of a value whose schema ha
 class DocumentedAPI(FastAPI):
     """FastAPI with a completed document, and pages for it at /docs and /redoc."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, tags: dict[str, str], **options: Any) -> None:
+        """`tags` have a description each. `options` are FastAPI's."""
+        options["openapi_tags"] = [{"name": each, "description": tags[each]} for each in tags]
         options |= {"docs_url": None, "redoc_url": None, "responses": {"4XX": {"model": Problem}}}
         options |= {"servers": [{"url": "/"}], "license_info": {"name": "MIT", "identifier": "MIT"}}
         super().__init__(**options)

@@ -80,3 +80,17 @@ def aliases_of(name: str, *others: str) -> list[tuple[str, str]]:
         (rf"/((?:api/[^/]+/)?{name})/create$", r"/\1"),
         (rf"/((?:api/[^/]+/)?{name}/[^/]+)/edit$", r"/\1"),
     ]
+
+
+# Other paths of accounts. A login is JSON at /auth/login and a form at /auth/token: a client that
+# mixes them up gets what it meant.
+ACCOUNT_ALIASES = [
+    (r"/users/me$|/auth/current_user$", "/auth/me"),
+    (r"/auth/signup$", "/auth/register"),
+    (r"/auth/signin$", "/auth/login"),
+]
+LOGIN_BY_TYPE = {
+    ("/auth/token", b"application/json"): "/auth/login",
+    ("/auth/login", b"application/x-www-form-urlencoded"): "/auth/token",
+    ("/auth/login", b"multipart/form-data"): "/auth/token",
+}

@@ -11,10 +11,14 @@ dashboards, `docker --env-file` and copied lines leave them there. An empty valu
 
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import pydantic_settings
-from pydantic import ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, ValidationError, ValidationInfo, field_validator
+
+MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
+PLACEHOLDER = re.compile(r"change.?(me|this)|replace.?(me|this)|your.{0,12}secret", re.IGNORECASE)
+HOST = r"([^\s/?#@]*@)?(\[[^\s/?#@]+\]|[^\s/?#@:]+)(:[1-9]\d{0,4})?"  # of a URL, with user and port
 
 
 class BaseSettings(pydantic_settings.BaseSettings):
@@ -53,3 +57,31 @@ class BaseSettings(pydantic_settings.BaseSettings):
             raise SystemExit(f"{str(first['loc'][0]).upper()} {reason}") from None
         except (OSError, UnicodeDecodeError):
             raise SystemExit(".env cannot be read: it has to be a text file in UTF-8") from None
+
+
+# Types of settings.
+
+
+def check_secret(secret: str) -> str:
+    hint = "`openssl rand -base64 32` makes one"
+    if secret and len(secret.encode()) < MIN_SECRET:
+        raise ValueError(f"is shorter than {MIN_SECRET} bytes: {hint}")
+    if secret and (PLACEHOLDER.search(secret) or len(set(secret)) == 1):
+        raise ValueError(f"can be guessed: {hint}")
+    return secret
+
+
+Secret = Annotated[str, AfterValidator(check_secret)]
+
+
+def form(pattern: str, text: str) -> AfterValidator:
+    """For an Annotated str that has to match a pattern, if it is set. `text` is said if not."""
+
+    def check(value: str) -> str:
+        if value.endswith("/openid-configuration"):
+            raise ValueError("is the discovery document: take `jwks_uri` or `issuer` out of it")
+        if value and not re.fullmatch(pattern, value, re.ASCII):
+            raise ValueError(text)
+        return value
+
+    return AfterValidator(check)
