@@ -352,9 +352,9 @@ SENTENCES = [
     *[(query, "limit: a whole number from 1 to 1000") for query in BAD_LIMITS],
     ("page=0", "page: a whole number from 1"),
     ("page=x", "page: a whole number from 1"),
-    ("offset=-1", "offset: a whole number of tasks to skip"),
-    ("skip=x", "offset: a whole number of tasks to skip"),
-    ("after=x", "after: the id of the last task seen"),
+    ("offset=-1", "offset: a whole number to skip"),
+    ("skip=x", "offset: a whole number to skip"),
+    ("after=x", "after: the id of the last one seen"),
     ("completed=maybe", "completed: true or false"),
     ("completed=true&is_completed=false", "completed and is_completed differ: send one"),
 ]
@@ -1299,6 +1299,7 @@ def test_a_request_is_one_line_of_json(server: Server) -> None:
     assert line == {
         "level": "INFO", "message": "request", "request_id": id, "method": "GET", "status": 404,
         "route": "/api/{user_id}/tasks/{task_id}", "user_id": 'quo"ted',
+        "client": "127.0.0.1",
     }  # fmt: skip
 
 

@@ -92,6 +92,7 @@ class JsonHandler(logging.Handler):
             fields["exception"] = type(record.exc_info[1]).__name__
             fields["trace"] = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
         write(record.levelname, fields)
+        output.flush()  # at the end of the process no turn of the loop may follow
 
 
 def configure() -> None:
