@@ -55,7 +55,7 @@ from lib.schemas import NOT_SENT, WHITESPACE, After, Limit, Offset, PageNumber
 from lib.settings import BaseSettings
 from lib.telemetry import telemetry
 
-VERSION = "1.1.0"
+VERSION = "2.0.0"
 
 
 class Settings(BaseSettings):
