@@ -60,7 +60,6 @@ class Pipeline:
         self.unflushed = False
         # On the clock of time.monotonic():
         self.active_since = 0.0
-        self.last_flush = 0.0
         self.waiting_since = 0.0  # for the answer to the first query sent
 
     def __repr__(self) -> str:
@@ -119,7 +118,7 @@ class Pipeline:
         except Exception as error:
             self.finish(error)
         self.flush()
-        self.pool.dispatch(answered=None if watch else self)
+        self.pool.dispatch()
 
     def finish(self, error: Exception | None = None) -> None:
         """Ends serve(), with an error for a connection that is lost."""
@@ -180,7 +179,7 @@ class Pipeline:
         """Gives the kernel what was sent. What does not fit is left to step()."""
         if not self.unflushed or self.end.done():
             return
-        self.last_flush, loop = monotonic(), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         try:
             self.unflushed = bool(self.connection.pgconn.flush())
             if self.unflushed:

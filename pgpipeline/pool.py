@@ -14,8 +14,6 @@ from pgpipeline.queue import Query, Queue
 from pgpipeline.result import Result
 from pgpipeline.statement import Statement, Value, encode
 
-BATCHING = 0.002  # seconds that queries wait for the next answer of a busy pipeline: near a
-# database that comes sooner, and one packet takes them all; far from it they go after this
 MAX_ATTEMPTS = 3  # to execute a query
 MAX_CONFLICTS = 10  # attempts, where they end in a conflict with another transaction
 PAUSE = 0.005  # seconds on average before the first attempt after a conflict; each next has twice
@@ -38,7 +36,6 @@ class PipelinePool:
         self.pipelines: dict[Pipeline, asyncio.Task[None]] = {}
         self.last_answer = float("-inf")  # on the clock of time.monotonic()
         self.scheduled = False
-        self.timer: asyncio.TimerHandle | None = None
 
     async def execute(
         self, statement: Statement, values: Mapping[str, Value], tenant: str = ""
@@ -84,25 +81,18 @@ class PipelinePool:
             self.scheduled = True
             asyncio.get_running_loop().call_soon(self.dispatch)
 
-    def dispatch(self, answered: Pipeline | None = None) -> None:
-        """Sends what is queued, each query where the fewest are under way, and flushes once.
-
-        A pipeline that has just been sent something gets more with its next answer, or after
-        BATCHING, so that queries travel together. `answered` is one that has had an answer now.
-        """
+    def dispatch(self) -> None:
+        """Sends what is queued, each query where the fewest are under way, and flushes once."""
         self.scheduled = False
         if not self.queue:
             return
         now = monotonic()
         usable = [p for p in self.pipelines if p.is_active and not p.is_silent(now)]
-        ready = [p for p in usable if p is answered or not p.sent or now > p.last_flush + BATCHING]
         self.keep_slow_apart(usable)
-        self.fill([p for p in ready if p.serves_slow])
-        self.fill([p for p in ready if not p.serves_slow])
-        for pipeline in ready:
+        self.fill([p for p in usable if p.serves_slow])
+        self.fill([p for p in usable if not p.serves_slow])
+        for pipeline in usable:
             pipeline.flush()
-        if self.queue and len(ready) < len(usable) and not self.timer:
-            self.timer = asyncio.get_running_loop().call_later(BATCHING, self.dispatch_later)
         if len(self.pipelines) < self.size and self.is_busy(usable):
             pipeline = Pipeline(self)
             self.pipelines[pipeline] = asyncio.create_task(pipeline.run())
@@ -135,10 +125,6 @@ class PipelinePool:
         if quick or not self.pipelines:
             return all(len(pipeline.sent) > 1 for pipeline in quick)
         return len(self.queue) > self.queue.count_slow()
-
-    def dispatch_later(self) -> None:
-        self.timer = None
-        self.dispatch()
 
     # What pipelines report...
 

@@ -333,9 +333,9 @@ async def test_queries_travel_in_batches(
 ) -> None:
     dispatch, send, calls = PipelinePool.dispatch, Pipeline.flush, list[str]()
 
-    def count_dispatch(pool: PipelinePool, answered: Any = None) -> None:
+    def count_dispatch(pool: PipelinePool) -> None:
         calls.append("dispatch")
-        dispatch(pool, answered)
+        dispatch(pool)
 
     def count_flush(pipeline: Pipeline) -> None:
         calls.extend(["flush"] * pipeline.unflushed)
@@ -350,47 +350,6 @@ async def test_queries_travel_in_batches(
     await asyncio.gather(*[use(f"{n}") for n in range(40)])  # 2,000 queries
     assert calls.count("flush") < 700
     assert calls.count("dispatch") < 1500  # 2,200 when each query that is put wakes it
-
-
-async def test_queries_that_come_one_by_one_travel_in_batches(
-    database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flush, flushes = Pipeline.flush, list[int]()
-
-    def count(pipeline: Pipeline) -> None:
-        flushes.extend([len(pipeline.sent)] * pipeline.unflushed)
-        flush(pipeline)
-
-    async with pool_of(database, size=1, depth=100) as pool:
-        await ask(pool, "SELECT 1")
-        busy, calls = asyncio.create_task(ask(pool, "SELECT 1 FROM pg_sleep(0.08)")), []
-        await asyncio.sleep(0.01)
-        monkeypatch.setattr(Pipeline, "flush", count)
-        for n in range(40):
-            calls.append(asyncio.create_task(ask(pool, "SELECT 1", f"{n}")))
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        await asyncio.gather(busy, *calls)
-    assert len(flushes) < 20
-
-
-async def test_queries_that_wait_wake_the_pool_no_more_often_than_answers_do(
-    database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dispatch, calls = PipelinePool.dispatch, list[int]()
-
-    def count(pool: PipelinePool, answered: Any = None) -> None:
-        calls.append(len(pool.queue))
-        dispatch(pool, answered)
-
-    async def use(name: str) -> None:
-        for _ in range(50):
-            await ask(pool, "SELECT 1 FROM pg_sleep(0.001)", name)
-
-    monkeypatch.setattr(PipelinePool, "dispatch", count)
-    async with pool_of(database, size=5, depth=5) as pool:
-        await asyncio.gather(*[use(f"{n}") for n in range(40)])  # 2,000 queries
-    assert len(calls) < 5 * 2000  # 2 a query, where each query that waited once made 10 to 14
 
 
 async def test_queries_far_from_the_database_are_not_slow(database: str) -> None:
