@@ -8,18 +8,14 @@ has one pydantic validator, of a TypedDict in which a parameter's alias is the p
     async def get(id: UUID, limit: Annotated[int, Query(ge=1)] = 9) -> Response: …
     {"path": {"id": "…"}, "query": {"limit": "5"}}  ->  {"id": UUID("…"), "limit": 5}
 
-So errors have the `loc` that FastAPI gives them. Where a value was not sent, the function's own
-default applies.
+So errors have FastAPI's `loc`. Where a value was not sent, the function's own default applies.
 """
 
 import inspect
 import re
 from collections.abc import Sequence
-from datetime import date, datetime
-from enum import Enum
-from itertools import takewhile
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin
 from uuid import UUID
 
 from fastapi import Request, Response, params
@@ -37,7 +33,7 @@ from lib.state import state_of
 
 JSON_TYPE = re.compile(rb"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 PLACES: Any = {params.Path: "path", params.Query: "query", params.Header: "header"}
-SINGLE = (str, int, float, bool, UUID, date, datetime, Enum, NoneType)  # no list and no model
+SINGLE = (str, int, float, bool, UUID, NoneType)  # what a value of path, query or header may be
 
 
 class PreparedRoutes:
@@ -59,11 +55,12 @@ class PreparedRoutes:
         app = scope["app"]
         if app.dependency_overrides or scope["root_path"] or "fastapi.telemetry" in scope:
             return None
-        if not self.routes:  # those before the first mount, which may answer for what follows it
-            for route in takewhile(lambda each: isinstance(each, Route), app.routes):
-                prepared = prepare(route)
-                for method in route.methods or ():
-                    self.routes.setdefault(method, []).append((route, prepared))
+        for route in () if self.routes else app.routes:
+            if not isinstance(route, Route):  # a mount, which may answer for what follows it
+                break
+            prepared = prepare(route)
+            for method in route.methods or ():
+                self.routes.setdefault(method, []).append((route, prepared))
         for route, prepared in self.routes.get(scope["method"], ()):
             if found := route.path_regex.match(scope["path"]):
                 scope["route"], scope["path_params"] = route, found.groupdict()
@@ -79,7 +76,8 @@ def prepare(route: Any) -> ASGIApp | None:
     """
     try:
         require(type(route) is APIRoute and ":" not in route.path)  # without convertors
-        endpoint = Function(route.endpoint, route, route.dependencies)
+        endpoint = Function(route.endpoint, route)
+        endpoint.needs[:0] = [("", dependency(each, route)) for each in route.dependencies]
         require(endpoint.returned is Response)
     except Exception:  # of any kind, so that no upgrade of FastAPI can stop the start
         return None
@@ -101,34 +99,38 @@ def prepare(route: Any) -> ASGIApp | None:
 class Function:
     """An endpoint or a dependency. Raises an exception for one that prepare() does not name."""
 
-    def __init__(self, call: Any, route: Any, more: Sequence[params.Depends] = ()) -> None:
-        function = call if inspect.isroutine(call) else call.__call__
+    def __init__(self, call: Any, route: Any) -> None:
+        function = call if inspect.isroutine(call) else type(call).__call__
         require(inspect.iscoroutinefunction(function))
-        hints = get_type_hints(function, include_extras=True)
-        self.call, self.returned, self.body = call, hints.get("return"), None
+        signature = inspect.signature(call, eval_str=True)
+        self.call, self.returned = call, signature.return_annotation
+        self.needs: list[tuple[str, Function]] = []
         self.requests: list[str] = []  # the parameters that take the Request
         self.headers: list[tuple[bytes, str]] = []  # names as they come, and as declared
-        self.needs = [("", dependency(each, route)) for each in more]
-        fields: dict[str, dict[str, Any]] = {"path": {}, "query": {}, "header": {}}
-        for name, parameter in inspect.signature(call).parameters.items():
-            hint, default = hints[name], parameter.default
+        values: dict[str, Any] = {}
+        body: dict[str, Any] = {}
+        for name, parameter in signature.parameters.items():
+            hint, default = parameter.annotation, parameter.default
             kind, *extras = get_args(hint) if get_origin(hint) is Annotated else [hint]
             marks = [each for each in extras if isinstance(each, (FieldInfo, params.Depends))]
+            mark: Any
             [mark] = marks or [params.Path() if name in route.param_convertors else params.Query()]
             if isinstance(mark, params.Depends):
                 self.needs.append((name, dependency(mark, route)))
             elif kind is Request:
                 self.requests.append(name)
-            elif not marks and is_one_of(kind, (BaseModel, NoneType)):
-                require(self.body is None)  # FastAPI takes several as members of one object
-                self.body = validator({name: field(hint, default, ["body"])})
-            else:
-                require(is_one_of(kind, SINGLE))
+            elif is_one_of(kind, SINGLE):
                 require(mark.is_required() and not mark.validate_default)
-                place, names = PLACES[type(mark)], names_of(name, mark)
-                fields[place][name] = field(hint, default, [AliasPath(place, n) for n in names])
-                self.headers += [(n.lower().encode(), n) for n in names if place == "header"]
-        self.others = validator(fields["path"] | fields["query"] | fields["header"])
+                place, alias = PLACES[type(mark)], mark.validation_alias or name
+                names = getattr(alias, "choices", [alias])  # the first that was sent counts
+                values[name] = field(hint, default, [AliasPath(place, each) for each in names])
+                if place == "header":
+                    require(mark.alias)  # FastAPI makes one of the name, with dashes
+                    self.headers.append((mark.alias.lower().encode(), mark.alias))
+            else:
+                require(not marks and not body and is_one_of(kind, (BaseModel, NoneType)))
+                body[name] = field(hint, default, ["body"])
+        self.values, self.body = validator(values), validator(body)
 
     async def run(self, request: Request, sent: Any, results: Any, errors: list[Any]) -> None:
         """Calls the function and adds to the results, or else adds to the errors."""
@@ -138,14 +140,13 @@ class Function:
                 await needed.run(request, sent, results, errors)
             if name:
                 arguments[name] = results.get(needed.call)
-        if self.others:
-            if self.headers:
-                here = state_of(request.scope).headers
-                found = [(name, here[key]) for key, name in self.headers if key in here]
-                sent["header"] = {name: value.decode("latin-1") for name, value in found}
-            arguments |= validate(self.others, sent, errors)
+        if self.headers:
+            here = state_of(request.scope).headers
+            sent["header"] = {n: here[k].decode("latin-1") for k, n in self.headers if k in here}
+        if self.values:
+            arguments |= validate(self.values, sent, errors)
+        # A path that cannot be right is a 404, which does not wait for the body.
         if self.body and not any(each["loc"][0] == "path" for each in errors):
-            # A path that cannot be right is a 404, which does not wait for the body.
             arguments |= validate(self.body, await read_json(request), errors)
         if len(errors) == count:
             results[self.call] = await self.call(**arguments)
@@ -159,22 +160,14 @@ def require(condition: object) -> None:
 def dependency(mark: params.Depends, route: Any) -> Function:
     needed = Function(mark.dependency, route)
     # What has an option, such as use_cache or scopes, is not equal to one without.
-    require(mark == params.Depends(needed.call) and needed.body is None)
+    require(mark == params.Depends(needed.call) and not needed.body)
     return needed
 
 
 def is_one_of(kind: Any, types: tuple[type, ...]) -> bool:
-    """Whether a type is one of these, or a union of such. A Literal counts as a str."""
-    if get_origin(kind) in (Union, UnionType):
-        return all(is_one_of(each, types) for each in get_args(kind))
-    return issubclass(str if get_origin(kind) is Literal else kind, types)
-
-
-def names_of(name: str, mark: Any) -> list[str]:
-    """The names of a value where it comes from. Of several, the first that was sent counts."""
-    dashed = getattr(mark, "convert_underscores", False)  # a Header's
-    alias = mark.validation_alias or (name.replace("_", "-") if dashed else name)
-    return getattr(alias, "choices", [alias])
+    """Whether a type is one of these, a Literal, or a union of such."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]
+    return all(get_origin(each) is Literal or issubclass(each, types) for each in kinds)
 
 
 def field(hint: Any, default: Any, aliases: Sequence[str | AliasPath]) -> Any:

@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from datetime import datetime
-from enum import Enum
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -31,11 +30,6 @@ parametrize = pytest.mark.parametrize
 calls: list[str] = []  # of dependencies, in their order
 
 
-class Color(Enum):
-    red = "red"
-    blue = "blue"
-
-
 class Item(BaseModel):
     title: str = Field(min_length=1)
     done: bool = Field(False, validation_alias=AliasChoices("done", "is_done"))
@@ -50,11 +44,10 @@ def takes(**parameters: Any) -> Any:
         shown = {name: repr(given.get(name, default)) for name, (_, default) in pairs.items()}
         return JSONResponse(shown | {"request": ""})
 
-    endpoint.__annotations__ |= {name: hint for name, (hint, _) in pairs.items()}
     vars(endpoint)["__signature__"] = Signature([
         Parameter(name, Parameter.KEYWORD_ONLY, annotation=hint, default=default)
         for name, (hint, default) in pairs.items()
-    ])  # fmt: skip
+    ], return_annotation=Response)  # fmt: skip
     return endpoint
 
 
@@ -68,7 +61,7 @@ async def nested(outer: Annotated[str, Depends(counted)], size: int = 3) -> str:
     return f"{outer} {size}"
 
 
-async def refusing(x_pass: Annotated[str | None, Header()] = None) -> None:
+async def refusing(x_pass: Annotated[str | None, Header(alias="X-Pass")] = None) -> None:
     calls.append("refusing")
     if x_pass is None:
         raise HTTPException(401)
@@ -93,9 +86,8 @@ def header(**options: Any) -> Any:
 
 PREPARED: dict[str, Any] = {
     "/single": takes(
-        number=int, day=(datetime | None, None), color=(Color, Color.red), flag=(bool | None, None),
-        kind=(Literal["a", "b"], "a"), limit=(Annotated[int, Query(ge=1, le=9)], 5),
-        ratio=(float, 0.5),
+        number=int, flag=(bool | None, None), kind=(Literal["a", "b"], "a"),
+        limit=(Annotated[int, Query(ge=1, le=9)], 5), ratio=(float, 0.5),
     ),
     "/aliased": takes(
         skip=(Annotated[int, Query(validation_alias=AliasChoices("offset", "skip"))], 0),
@@ -104,10 +96,9 @@ PREPARED: dict[str, Any] = {
     ),
     "/headers": takes(
         if_match=header(alias="If-Match", max_length=5), kept=(header(alias="under_score"), None),
-        raw_name=(header(convert_underscores=False), None), user_agent=header(),
     ),
     "/places/{id}/{x}": takes(
-        size=int, id=UUID, x=Annotated[str, AfterValidator(str.upper)], x_y=Annotated[int, Header()]
+        id=UUID, x=Annotated[str, AfterValidator(str.upper)], size=int, x_y=header(alias="X-Y")
     ),
     "/item": takes(item=Item, limit=(int, 1)),
     "/item_or_none": takes(item=(Item | None, None), limit=(int, 1)),
@@ -131,10 +122,10 @@ ITEMS: list[Any] = [
 ]  # fmt: skip
 PROBES: list[tuple[str, dict[str, Any]]] = [
     *[("/single?" + query, {}) for query in (
-        "", "number=1", "number=1&number=2", "number=&flag=&day=", "NUMBER=1", "number=1.0",
-        "number=x&day=y&color=z&kind=c&limit=0", "number=%D9%A1", "number=%00", "number=1&more=2",
-        "number=1&day=2026-01-02T03:04:05Z&color=blue&kind=b&limit=9&flag=yes&ratio=1e3",
-        "number=9999999999999999999999&ratio=nan", "number=1&limit=10&limit=2",
+        "", "number=1", "number=1&number=2", "number=&flag=&kind=", "NUMBER=1", "number=1.0",
+        "number=x&flag=y&kind=c&limit=0", "number=%D9%A1", "number=%00", "number=1&more=2",
+        "number=1&kind=b&limit=9&flag=yes&ratio=1e3", "number=9999999999999999999999&ratio=nan",
+        "number=1&limit=10&limit=2",
     )],
     *[("/aliased?" + query, {}) for query in (
         "", "offset=1&skip=2", "skip=2", "skip=x", "offset=x&skip=1", "other-name=a&named=b",
@@ -142,8 +133,7 @@ PROBES: list[tuple[str, dict[str, Any]]] = [
     )],
     *[("/headers", {"headers": sent}) for sent in (
         {}, {"if-match": "a"}, {"If-Match": "too long"}, [("If-Match", "a"), ("If-Match", "b")],
-        {"If-Match": "a", "under_score": "1", "raw_name": "2"}, {b"If-Match": b"\xe9"},
-        {"If-Match": "a", "under-score": "1", "raw-name": "2"}, {"if_match": "a"},
+        {"If-Match": "a", "under_score": "1"}, {b"If-Match": b"\xe9"}, {"if_match": "a"},
     )],
     ("/places/019aa6b5-9d02-7a31-b0c4-5e8f7a6b1c2d/a%20b?size=1", {"headers": {"x-y": "1"}}),
     ("/places/no-id/x?size=x", {}),
@@ -163,6 +153,7 @@ BEYOND: list[Any] = [
     Annotated[str, Depends(counted, use_cache=False)], Annotated[Item, Depends(body_of)],
     Annotated[str, Depends(counted, max_concurrency=1)],
     Annotated[str, params.Security(counted, scopes=["read"])],
+    datetime, header(),
     (int, Query(3)), (str, Depends(counted)), (Item, Item(title="x", done=False)),
 ]  # fmt: skip
 
