@@ -1,12 +1,10 @@
 """CORS: which web pages may call the service from a browser."""
 
 import re
-from ipaddress import IPv6Address
 from typing import Any
-from urllib.parse import urlsplit
 
-import idna
 from fastapi import Request
+from pydantic_core import Url
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -19,8 +17,9 @@ EXPOSED = [
     "Allow", "ETag", "Idempotent-Replayed", "Link", "Location", "RateLimit", "RateLimit-Policy",
     "Retry-After", "WWW-Authenticate", "X-Request-ID",
 ]  # fmt: skip
-DEFAULT_PORTS = {"http": 80, "https": 443}  # browsers leave them out
-HOST = re.compile(r"[a-z0-9*_.-]+|\[[0-9a-f:.]+\]")
+# A host, an IPv6 address, or a host with one * in its first label and more than a top-level domain.
+HOST = r"[\w.-]+|\[[\da-f:.]+\]|[\w-]*\*[\w-]*\.(?:localhost|[\w-]+\.[\w.-]+)"
+ORIGIN = re.compile(rf"[a-z][a-z\d+.-]*://(?:{HOST})(?::\d+)?", re.ASCII)
 
 
 class CORS(CORSMiddleware):
@@ -54,9 +53,10 @@ def cors(origins: str, setting: str, respond: Respond) -> Middleware:
     Quotes and brackets, as in a list of JSON, are no part of an origin.
     Raises SystemExit for what no browser sends as an origin.
     """
+    if origins.startswith("["):
+        origins = origins[1:].removesuffix("]")
+    listed = [each.strip(" \t\r\n\"'") for each in origins.split(",")]
     try:
-        parts = origins.removeprefix("[").removesuffix("]") if origins[:1] == "[" else origins
-        listed = [each.strip(" \t\r\n\"'") for each in parts.split(",")]
         allowed = [normalize(each) for each in listed if each]
     except ValueError:
         example = "https://app.example.com or https://*.example.com"
@@ -72,21 +72,7 @@ def normalize(origin: str) -> str:
     """The origin as browsers send it: lower case, ASCII, no default port. Raises ValueError."""
     if origin == "*":
         return origin
-    parts = urlsplit(origin)
-    host = to_ascii(parts.hostname or "")
-    first, _, rest = host.partition(".")
-    is_wide = first.count("*") != 1 or "*" in rest or ("." not in rest and rest != "localhost")
-    if ("*" in host and is_wide) or not HOST.fullmatch(host) or not parts.scheme:
+    url = str(Url(origin)).removesuffix("/")  # by the URL standard of browsers; it adds the /
+    if origin.endswith("/") or not ORIGIN.fullmatch(url):
         raise ValueError(origin)
-    if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
-        raise ValueError(origin)
-    is_usual = parts.port in (None, DEFAULT_PORTS.get(parts.scheme))
-    return f"{parts.scheme}://{host}" + ("" if is_usual else f":{parts.port}")
-
-
-def to_ascii(host: str) -> str:
-    """A host as in DNS (IDNA 2008), or an IPv6 address in brackets."""
-    if ":" in host:
-        return f"[{IPv6Address(host)}]"
-    labels = host.split(".")
-    return ".".join(n if n.isascii() else idna.encode(n, uts46=True).decode() for n in labels)
+    return url

@@ -15,31 +15,24 @@ from fastapi.responses import FileResponse, HTMLResponse
 HERE, PACKAGE = Path(__file__).parent, Path(fastapi_standalone_docs.__file__).parent / "static"
 PAGES = {"/docs": HERE / "docs.html", "/redoc": HERE / "redoc.html"}
 FILES = {
-    "docs.js": HERE / "docs.js",
-    "favicon.png": PACKAGE / "fastapi" / "favicon.png",
-    "swagger-ui.css": PACKAGE / "swagger" / "swagger-ui.css",
-    "swagger-ui-bundle.js": PACKAGE / "swagger" / "swagger-ui-bundle.js",
-    "redoc.standalone.js": PACKAGE / "redoc" / "redoc.standalone.js",
+    "/docs/docs.js": HERE / "docs.js",
+    "/docs/favicon.png": PACKAGE / "fastapi/favicon.png",
+    "/docs/swagger-ui.css": PACKAGE / "swagger/swagger-ui.css",
+    "/docs/swagger-ui-bundle.js": PACKAGE / "swagger/swagger-ui-bundle.js",
+    "/docs/redoc.standalone.js": PACKAGE / "redoc/redoc.standalone.js",
 }
 
 
 def add_pages(app: FastAPI) -> None:
     """Adds the pages to an app, which has to be made with docs_url=None and redoc_url=None."""
 
-    def add_page(path: str, template: Template) -> None:
-        async def page(request: Request) -> Response:
-            root = escape(request.scope["root_path"])
-            return HTMLResponse(template.substitute(title=escape(app.title), root=root))
+    async def respond(request: Request) -> Response:
+        root = request.scope["root_path"]
+        path = request.scope["path"].removeprefix(root)
+        if path in FILES:
+            return FileResponse(FILES[path])
+        page = Template(PAGES[path].read_text())
+        return HTMLResponse(page.substitute(title=escape(app.title), root=escape(root)))
 
-        app.add_route(path, page, include_in_schema=False)
-
-    def add_file(path: str, file: Path) -> None:
-        async def content(request: Request) -> Response:
-            return FileResponse(file)
-
-        app.add_route(path, content, include_in_schema=False)
-
-    for path, file in PAGES.items():
-        add_page(path, Template(file.read_text()))
-    for name, file in FILES.items():
-        add_file("/docs/" + name, file)
+    for path in PAGES | FILES:
+        app.add_route(path, respond, include_in_schema=False)

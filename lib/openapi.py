@@ -1,4 +1,4 @@
-"""Completes the OpenAPI document by errors, headers and examples, when it is first asked for."""
+"""Completes the OpenAPI document by errors and headers, when it is first asked for."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from lib import docs
 from lib.problems import HTTPProblem, Problem
 
 PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
-OTHER = ("4XX", "5XX")
 # What an operation answers if it has all of these: a method, a member, the name of a parameter.
 STATUSES: list[tuple[set[str], tuple[int, ...]]] = [
     ({"requestBody"}, (400, 408, 413, 415, 422, 503)),
@@ -31,10 +30,6 @@ HEADERS = [
     ("RateLimit", set(), "429", 'Seconds until the limit starts again: `"user";r=0;t=30`.'),
     ("X-Request-ID", set(), "", "The request in the log: the id that came with it, or ours."),
 ]
-EXAMPLES: dict[str, Any] = {  # by the format or type of a value whose schema has none
-    "uuid": "019aa6b5-9d02-7a31-b0c4-5e8f7a6b1c2d", "date-time": "2026-11-21T13:15:00.123456+00:00",
-    "boolean": False, "integer": 0, "array": [], "string": "string",
-}  # fmt: skip
 
 
 class DocumentedAPI(FastAPI):
@@ -65,9 +60,6 @@ def errors(*problems: HTTPProblem) -> dict[int | str, dict[str, Any]]:
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:
     """The document, without bounds that no schema has: some generators fail on them."""
-    schemas = document["components"]["schemas"]
-    for schema in schemas.values():
-        schema["examples"] = [example_of(schema, schemas)]  # Swagger UI fills a body with it
     document["components"]["headers"] = {
         name: {"description": text, "schema": {"type": "string"}} for name, _, _, text in HEADERS
     }
@@ -87,20 +79,8 @@ def complete_operation(operation: dict[str, Any], has: set[str]) -> None:
     for status in sorted({each for needed, more in STATUSES if needed <= has for each in more}):
         answers.setdefault(str(status), errors(HTTPProblem(status))[status])
     answers.get("304", {}).pop("content", None)  # RFC 9110 section 15.4.5
-    answers |= {n: {"description": f"Any other {n}", "content": {PROBLEM: SCHEMA}} for n in OTHER}
+    for others in ("4XX", "5XX"):
+        answers[others] = {"description": f"Any other {others}", "content": {PROBLEM: SCHEMA}}
     for status, answer in answers.items():
         names = [n for n, needed, on, _ in HEADERS if needed <= has and (not on or status in on)]
         answer["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
-
-
-def example_of(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
-    """The first example of a schema, or an object of what is required or has an example."""
-    schema = schema if "examples" in schema else schema.get("anyOf", [schema])[0]
-    if "$ref" in schema:
-        schema = schemas[schema["$ref"].rpartition("/")[2]]
-    if "properties" in schema:
-        shown, parts = schema.get("required", ()), schema["properties"].items()
-        shown = [(name, part) for name, part in parts if name in shown or "examples" in part]
-        return {name: example_of(part, schemas) for name, part in shown}
-    kind = schema.get("format") or schema.get("type", "")
-    return schema.get("const") or schema.get("examples", [EXAMPLES.get(kind)])[0]

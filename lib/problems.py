@@ -30,15 +30,15 @@ NO_OBJECT = {"missing", "dict_type", "model_type", "model_attributes_type"}  # p
 class FieldError(SQLModel):
     """What is wrong with one value, and where the value came; never the value itself."""
 
-    loc: list[str | int] = Field(schema_extra={"examples": [["body", "title"]]})
-    msg: str = Field(schema_extra={"examples": ["Title: 1 to 500 characters"]})
-    type: str = Field(schema_extra={"examples": ["missing"]})
+    loc: list[str | int]
+    msg: str
+    type: str
 
 
 class Problem(SQLModel):
     """An error (RFC 9457). `detail` may be shown to people; `code` is for programs and stays."""
 
-    type: str = Field(schema_extra={"examples": ["about:blank"]})
+    type: str
     title: str
     status: int
     detail: str
