@@ -148,7 +148,7 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
 }  # fmt: skip
 
 # Other names of paths, as public frontends call them (lib/paths.py).
-ALIASES = [*aliases_of("tasks", "todos"), *ACCOUNT_ALIASES]
+ALIASES = [*aliases_of("tasks", "todos", "task", "todo"), *ACCOUNT_ALIASES]
 CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no alias changes these
 
 # `respond` answers an exception with a problem. It is called by ErrorResponses, or by FastAPI for a

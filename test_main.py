@@ -439,7 +439,7 @@ def test_every_statement_on_tasks_names_the_owner() -> None:
 
 TODOS = ["/tasks", "/api/tasks", "/api/v1/tasks", "/todos", "/api/todos", "/api/v1/todos"]
 USERS = [f"{root}/users/me/{name}" for root in ("", "/api") for name in ("tasks", "todos")]
-USERS += ["/api/me/tasks", "/api/v1/me/todos", "/api///tasks"]
+USERS += ["/api/me/tasks", "/api/v1/me/todos", "/api///tasks", "/todo", "/api/v1/task"]
 READABLE = ["/", "/health", "/health/ready", "/tasks", "/auth/me", "/docs", "/openapi.json"]
 UNKNOWN_PATHS = ["/nothing", "/api", "/api/v2/x", "/tasks/a/b/c", "/api/auth", "/todosx"]
 UNKNOWN_PATHS += ["/tasks%0a", "/tasks%0A/", "/tasks%2f" + NOBODYS_ID, "/api/users", "/users/me/x"]
@@ -471,32 +471,33 @@ def test_every_alias_serves_every_task_route(api: Client, alias: str, slash: str
     assert api.delete(path + slash).status_code == 200
 
 
-@parametrize("root", ["", "/api", "/api/v1"])
+@parametrize("root", ["/auth", "/api/auth", "/api/v1/auth", "", "/api/v1", "/user", "/api/users"])
 @parametrize("name", ["login", "signin", "token"])
 @parametrize("field", ["email", "username"])
 def test_each_name_of_login_takes_json_and_either_field(
     public: Client, account: Account, root: str, name: str, field: str
 ) -> None:
     sent = {field: account["email"], "password": account["password"], "name": "Ann"}
-    answer = public.post(f"{root}/auth/{name}/", json=sent)
+    answer = public.post(f"{root}/{name}/", json=sent)
     assert answer.status_code == 200
-    me = public.get(f"{root}/auth/current_user", headers=bearer(answer.json()["access_token"]))
+    me = public.get(f"{root}/me", headers=bearer(answer.json()["access_token"]))
     assert me.json() == answer.json()["user"]
 
 
-def test_signup_makes_an_account_and_email_wins_over_username(public: Client) -> None:
+@parametrize("path", ["/api/auth/signup", "/user/signup", "/api/register", "/auth/create"])
+def test_signup_makes_an_account_and_email_wins_over_username(public: Client, path: str) -> None:
     email = new_email()
     sent = {"email": f" {email} ", "username": "ann", "password": PASSWORD}
-    assert public.post("/api/auth/signup", json=sent).json()["user"]["email"] == email
+    assert public.post(path, json=sent).json()["user"]["email"] == email
 
 
-@parametrize("root", ["", "/api", "/api/v1"])
+@parametrize("root", ["/auth", "/api/auth", "/api/v1/auth", "", "/api", "/users"])
 @parametrize("name", ["login", "signin", "token"])
 def test_each_name_of_login_takes_the_form(
     public: Client, account: Account, root: str, name: str
 ) -> None:
     sent = {"username": account["email"], "password": account["password"]}
-    assert public.post(f"{root}/auth/{name}", data=sent).status_code == 200
+    assert public.post(f"{root}/{name}", data=sent).status_code == 200
 
 
 @parametrize("path", ["/users/me", "/api/users/me", "/api/v1/users/me", "/auth/current_user"])
@@ -505,11 +506,14 @@ def test_each_name_of_me_shows_the_user(api: Client, path: str) -> None:
 
 
 @parametrize("root", ["/todos", "/tasks", "/api/v1/todos"])
-def test_create_and_edit_may_stand_in_the_path(api: Client, root: str) -> None:
+@parametrize("form", ["{id}/{verb}", "{verb}/{id}/"])
+def test_verbs_may_stand_in_the_path(api: Client, root: str, form: str) -> None:
     made = api.post(f"{root}/create", json={"title": "x"})
     assert made.status_code == 201
-    edited = api.patch(f"{root}/{made.json()['id']}/edit", json={"title": "y"})
-    assert edited.json()["title"] == "y"
+    for verb, method in [("edit", "PATCH"), ("update", "PUT"), ("delete", "DELETE")]:
+        path = f"{root}/{form.format(verb=verb, id=made.json()['id'])}"
+        assert api.request(method, path, json={"title": "y"}).status_code == 200
+    assert api.get(root).json() == []
 
 
 @parametrize("headers", [{}, {"Authorization": "Bearer x"}])

@@ -78,15 +78,17 @@ def aliases_of(name: str, *others: str) -> list[tuple[str, str]]:
         (rf"/users/([^/]+)/(?:{names})(?=/|$)", rf"/api/\1/{name}"),
         (rf"/(api/[^/]+/)?(?:{names})(?=/|$)", rf"/\1{name}"),
         (rf"/((?:api/[^/]+/)?{name})/create$", r"/\1"),
-        (rf"/((?:api/[^/]+/)?{name}/[^/]+)/edit$", r"/\1"),
+        (rf"/((?:api/[^/]+/)?{name}/[^/]+)/(?:edit|update|delete)$", r"/\1"),
+        (rf"/((?:api/[^/]+/)?{name}/)(?:edit|update|delete)/(?=[^/]+$)", r"/\1"),
     ]
 
 
 # Other paths of accounts. A login is JSON at /auth/login and a form at /auth/token: a client that
 # mixes them up gets what it meant.
 ACCOUNT_ALIASES = [
-    (r"/users/me$|/auth/current_user$", "/auth/me"),
-    (r"/auth/signup$", "/auth/register"),
+    (r"(?:/api)?(?:/users?)?/(login|logout|me|register|signin|signup|token)$", r"/auth/\1"),
+    (r"/auth/current_user$", "/auth/me"),
+    (r"/auth/(?:signup|create)$", "/auth/register"),
     (r"/auth/signin$", "/auth/login"),
 ]
 LOGIN_BY_TYPE = {
