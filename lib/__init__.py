@@ -29,6 +29,7 @@ The start, and documents:
     startup      the lifespan of the process
     database_url DATABASE_URL as people have it
     prepare      the schema, and a look at statements and privileges
+    connect_errors which errors of a connection waiting cures
     openapi      completes FastAPI's document
     docs         Swagger UI and ReDoc, without a CDN
     welcome      the page at /

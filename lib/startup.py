@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from lib import logs
-from lib.prepare import NotReady
+from lib.connect_errors import NotReady
 
 log = logging.getLogger("startup")
 

@@ -19,8 +19,9 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import db
 from conftest import HERE, client, execute, serving
 from lib import prepare
+from lib.connect_errors import NotReady
 from lib.database_url import connection_string
-from lib.prepare import NotReady, prepare_database
+from lib.prepare import prepare_database
 from pgpipeline import Statement
 from tests.pgbouncer import needs_pgbouncer, pgbouncer
 
