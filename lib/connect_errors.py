@@ -8,9 +8,8 @@ import select
 import psycopg
 from psycopg.pq import PGconn, PollingStatus
 
-# What waiting does not cure: classes of SQLSTATEs and 55000, of a database that takes no
-# connections. Then the words of libpq and psycopg, which have no code, and of poolers, whose codes
-# tell little. Those are in English everywhere.
+# What waiting does not cure: SQLSTATEs of PostgreSQL, words of libpq and psycopg, which have no
+# codes, and of poolers, whose codes tell little. Those words are English everywhere.
 HOPELESS_STATES = ("0A", "22", "28", "3D", "42", "55000")
 HOPELESS = re.compile(
     r"certificate|private key|not support SSL|sslmode|channel binding|invalid |authentication "

@@ -15,12 +15,13 @@ LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 # Of Prisma, asyncpg, SQLAlchemy, node-postgres, pgx, JDBC, Django and Rails: pools, caches,
 # timeouts and the like, which this service has its own of.
 HARMLESS = re.compile(
-    r"(pgbouncer|supa|workaround|uselibpqcompat|application_?name|charset|encoding|time_?zone"
-    r"|engine|min(_?size)?|max(_?size)?|fetch_types|stringtype|rewrite.*inserts|atomic_requests"
+    r"((current)?schema|search_path|pgbouncer|supa|workaround|uselibpqcompat|application_?name"
+    r"|charset|encoding|time_?zone|engine|min(_?size)?|max(_?size)?|fetch_types|stringtype|rewrite.*inserts|atomic_requests"
     r"|.*(pool|cache|timeout|limit|lifetime|idle|_age|health|prepare|alive|echo|overflow|cursor"
     r"|protocol|exec_mode|binary|async).*)=.*|sslaccept=accept_invalid_certs",
     re.IGNORECASE,
 )
+SEARCH_PATH = re.compile(r"(?:[?&\s]|-c|--)(?:currentSchema|schema|search_path)\s*=\s*([^\s&]+)")
 SSLMODES = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
 SSLMODES |= {"no-verify": "require"}  # as libpq's require
 DEFAULTS = {"application_name": "todo", "connect_timeout": "3", "keepalives_idle": "30"}
@@ -40,19 +41,21 @@ def connection_string(database_url: str, schema: str) -> str:
     text = pasted[2].strip() if pasted else ""
     if not text:
         raise SystemExit("DATABASE_URL is not set: the service needs a PostgreSQL database")
+    for path in SEARCH_PATH.findall(unquote(text)):
+        if {name.strip("\"'\\ ") for name in path.split(",")} - {"public", "$user", schema}:
+            raise SystemExit(f"DATABASE_URL asks for the schema {path}: the tables are in {schema}")
     try:
-        given = conninfo.conninfo_to_dict(uri_for_libpq(text, schema) if "://" in text else text)
+        given = conninfo.conninfo_to_dict(uri_for_libpq(text) if "://" in text else text)
     except psycopg.ProgrammingError:
         raise SystemExit(MALFORMED) from None
     if not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):
         raise SystemExit(f"{MALFORMED}. Its port is not a number")
     if PLACEHOLDER.fullmatch(str(given.get("password", ""))):
         raise SystemExit("DATABASE_URL has a placeholder in place of the password")
-    refuse_search_path(str(given.get("options", "")), "options", schema)
     return conninfo.make_conninfo("", **DEFAULTS | given | {"client_encoding": "utf8"})
 
 
-def uri_for_libpq(text: str, schema: str) -> str:
+def uri_for_libpq(text: str) -> str:
     """A URI that has libpq's scheme and parameters only. Raises SystemExit."""
     scheme, _, rest = text.partition("://")
     if not SCHEME.fullmatch(scheme):
@@ -64,9 +67,7 @@ def uri_for_libpq(text: str, schema: str) -> str:
     kept = []
     for each in query.split("&"):
         name, _, value = each.partition("=")
-        if name in ("schema", "currentSchema", "search_path"):
-            refuse_search_path(f"search_path={unquote(value)}", name, schema)
-        elif name in ("ssl", "sslmode"):
+        if name in ("ssl", "sslmode"):
             kept.append(f"sslmode={SSLMODES.get(value, value)}")
         elif name in LIBPQ:
             kept.append(each)
@@ -74,11 +75,3 @@ def uri_for_libpq(text: str, schema: str) -> str:
             text = "DATABASE_URL has a parameter unknown to PostgreSQL, remove it"
             raise SystemExit(f"{text}: {name}")
     return f"postgresql://{user}{at}{host}?{'&'.join(kept)}"
-
-
-def refuse_search_path(options: str, parameter: str, schema: str) -> None:
-    """Raises SystemExit where a search_path asks for tables in another schema."""
-    for path in re.findall(r"search_path\s*=\s*(\S+)", options):
-        if {name.strip("\"'\\ ") for name in path.split(",")} - {"public", "$user", schema}:
-            text = f"the tables are in the schema {schema}, always. Remove {parameter}"
-            raise SystemExit(f"DATABASE_URL asks for the schema {path} by {parameter}: {text}")

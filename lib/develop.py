@@ -2,8 +2,7 @@
 
     develop.run("main:app", database=True, secret=True, origins=True)
 
-run() starts what the service needs, and the service in a second process: the modules that the first
-one has imported have read their settings already.
+The service runs in a second process, because the modules of the first one have read their settings.
 """
 
 import argparse
@@ -23,8 +22,8 @@ import uvicorn
 from lib import embedded
 from lib import serve as server
 
-DATA = ".data"
 FOLDER = Path(__file__).resolve().parent.parent  # of the service
+DATA = FOLDER / ".data"
 PORTS = (3000, 5173)  # of Next.js and Vite
 ORIGINS = [f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in PORTS]
 
@@ -33,7 +32,6 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
     """Serves `app`, an import string, until a signal comes, and exits.
 
     `database`, `secret` and `origins` say whether to make DATABASE_URL, JWT_SECRET, CORS_ORIGINS.
-    What keeps the service from starting is told in one line.
     """
     parser = argparse.ArgumentParser(description="Serves on 127.0.0.1, with a PostgreSQL in .data")
     parser.add_argument("--reload", action="store_true", help="restart when .py or .sql changes")
@@ -44,9 +42,9 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
         listener = stack.enter_context(listen(server.Settings.load().port))
         try:
             if database:
-                os.environ["DATABASE_URL"] = stack.enter_context(embedded.postgres(FOLDER / DATA))
+                os.environ["DATABASE_URL"] = stack.enter_context(embedded.postgres(DATA))
             if secret:
-                os.environ["JWT_SECRET"] = keep_secret(FOLDER / DATA / "secret")
+                os.environ["JWT_SECRET"] = keep_secret(DATA / "secret")
         except OSError as error:
             sys.exit(f"{error}. Make it writable, or set DATABASE_URL and JWT_SECRET")
         print(f"\nDocs:  http://127.0.0.1:{listener.getsockname()[1]}/docs")

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,7 @@ LOCK = """
 SELECT set_config('lock_timeout', '2s', true), set_config('search_path', 'pg_catalog', true),
     pg_advisory_xact_lock(hashtext(%s))
 """
-APPLIED = """
-SELECT obj_description(pg_class.oid, 'pg_class')
-FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
-WHERE nspname || '.' || relname = %s
-"""
+APPLIED = "SELECT obj_description(to_regclass(%s), 'pg_class')"
 SESSION = """
 SELECT pg_backend_pid(), current_setting('server_encoding'), current_setting('TimeZone'),
     current_setting('DateStyle')
@@ -71,8 +66,8 @@ async def prepare_database(
 ) -> None:
     """Applies a schema that is not the one applied last, and checks every statement.
 
-    `table` (schema.name) is one that the schema makes; its comment becomes the schema's SHA-256.
-    Waits up to STARTUP_TIMEOUT for the database, a pooler or locks, and logs it. Raises NotReady.
+    `table` (schema.name) is one that the schema makes. Its comment becomes the schema's SHA-256.
+    Raises NotReady, after STARTUP_TIMEOUT where waiting may help.
     """
     # libpq asks for these as it connects, and has no parameter for them. Poolers refuse `options`,
     # and what SET has set would stay for their next client.
@@ -81,7 +76,7 @@ async def prepare_database(
     task = asyncio.create_task(start.run())
     done, _ = await asyncio.wait({task}, timeout=QUIET)
     if not done:
-        start.warn(start.state)
+        start.warn()
         done, _ = await asyncio.wait({task}, timeout=STARTUP_TIMEOUT - QUIET)
     if not done:
         task.cancel()  # and not awaited: psycopg would wait for an answer to its own cancellation
@@ -89,109 +84,111 @@ async def prepare_database(
     task.result()
 
 
-@dataclass
 class Start:
-    conninfo: str
-    schema: bytes
-    table: str
-    statements: list[Statement]
-    state: str = "the start waits for a connection"  # or why the last attempt failed
-    warned: set[str] = field(default_factory=set)
+    """A start that is under way: `state` is what it waits for, or why the last attempt failed."""
 
-    def warn(self, text: str) -> None:
-        """Logs a text once, however often it is tried."""
-        if text not in self.warned:
-            log.warning("%s; trying on", text)
-        self.warned.add(text)
+    state = "the start waits for a connection"
+    connection: AsyncConnection[Any]
+
+    def __init__(self, conninfo: str, schema: bytes, table: str, statements: list[Statement]):
+        self.conninfo, self.schema, self.table = conninfo, schema, table
+        self.statements, self.warned = statements, set[str]()
+
+    def warn(self) -> None:
+        """Logs the state, and one that comes again and again once."""
+        if self.state not in self.warned:
+            log.warning("%s", self.state)
+        self.warned.add(self.state)
 
     async def run(self) -> None:
         while True:
             try:
                 return await self.attempt()
             except errors.LockNotAvailable:
-                self.state = "it waits for a lock on a table, or for another instance's start"
+                self.state = "the start waits for a lock on a table, or for another instance's"
             except psycopg.OperationalError as error:
                 self.state = await explain(error, self.conninfo)
             except psycopg.Error as error:
                 raise NotReady(f"the schema is not valid: {error.diag.message_primary}") from None
-            self.warn(self.state)
+            self.warn()
             await asyncio.sleep(0.5)
 
     async def attempt(self) -> None:
         connection = await AsyncConnection.connect(self.conninfo, autocommit=True)
-        async with connection:
-            self.state = "it waits for an answer: a pooler may have no server connection free"
-            await self.check_session(connection)
+        async with connection as self.connection:
+            self.state = (
+                "the start waits for an answer: a pooler may have no server connection free"
+            )
+            await self.check_session()
             # A stricter level would read from before the lock what another instance has applied.
             await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
             async with connection.transaction():
-                self.state = "it waits for a lock, or for an answer"
-                applied = await self.apply_schema(connection)
-                await self.check_privileges(connection)
-                await self.check_statements(connection)
+                self.state = "the start waits for a lock, or for an answer"
+                applied = await self.apply_schema()
+                await self.check_privileges()
+                await self.check_statements()
             if applied:
                 log.info("schema applied")
 
-    async def check_session(self, connection: AsyncConnection[Any]) -> None:
+    async def rows(self, query: str, values: Any = None) -> list[Any]:
+        return await (await self.connection.execute(query.encode(), values)).fetchall()
+
+    async def check_session(self) -> None:
         """Raises NotReady for an encoding, a time zone or a pooler that would falsify answers."""
-        [(pid, encoding, zone, style)] = await rows(connection, SESSION)
+        [(pid, encoding, zone, style)] = await self.rows(SESSION)
         if encoding != "UTF8":
             create = "CREATE DATABASE todo ENCODING 'UTF8' TEMPLATE template0"
             raise NotReady(f"the database has the encoding {encoding}, it has to be UTF8: {create}")
         if not re.fullmatch("(Etc/)?(UTC|UCT|GMT)", zone) or not style.startswith("ISO"):
-            alter = f"ALTER ROLE {connection.info.user} SET"
+            alter = f"ALTER ROLE {self.connection.info.user} SET"
             text = f"{alter} timezone = 'UTC'; {alter} datestyle = 'ISO'"
             raise NotReady(f"a pooler keeps the time zone {zone} and the DateStyle {style}: {text}")
-        if pid != connection.info.backend_pid:  # which is one that a pooler made up
-            await check_pooler(self.conninfo, connection)
+        if pid != self.connection.info.backend_pid:  # which is one that a pooler made up
+            await check_pooler(self.conninfo, self.connection)
 
-    async def apply_schema(self, connection: AsyncConnection[Any]) -> bool:
+    async def apply_schema(self) -> bool:
         """Applies the schema unless its SHA-256 is the comment on the table. Returns if it did.
 
         The lock lets one of many instances do it. A role that may not change tables goes on, and
         so does a database that is read-only: the checks tell whether the schema there is enough.
         """
         digest = hashlib.sha256(self.schema).hexdigest()
-        await rows(connection, LOCK, [self.table])
-        if await rows(connection, APPLIED, [self.table]) == [(digest,)]:
-            return False
+        await self.rows(LOCK, [self.table])
         try:
-            async with connection.transaction():
-                await connection.execute(self.schema)
+            async with self.connection.transaction():
+                if await self.rows(APPLIED, [self.table]) == [(digest,)]:
+                    return False
+                await self.connection.execute(self.schema)
                 comment = f"COMMENT ON TABLE {self.table} IS '{digest}'"
-                await connection.execute(comment.encode())
+                await self.connection.execute(comment.encode())
         except (errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction) as error:
             log.warning("the schema was not applied: %s", error.diag.message_primary)
             return False
         return True
 
-    async def check_privileges(self, connection: AsyncConnection[Any]) -> None:
+    async def check_privileges(self) -> None:
         """Raises NotReady with what this role lacks on the tables that the statements name."""
-        read_only = await rows(connection, "SHOW transaction_read_only") == [("on",)]
+        read_only = await self.rows("SHOW transaction_read_only") == [("on",)]
         text = b" ".join(each.text for each in self.statements).decode()
         needed = {
             "schema": self.table.partition(".")[0],
             "tables": re.findall(r"\b\w+\.\w+", text),
             "privileges": ["SELECT"] if read_only else ["SELECT", "INSERT", "UPDATE", "DELETE"],
         }
-        if missing := sorted(each for (each,) in await rows(connection, MISSING, needed)):
-            text = f"the role {connection.info.user} lacks {', '.join(missing)}"
-            raise NotReady(f"{text}: see docs/DATABASES.md")
+        if missing := sorted(each for (each,) in await self.rows(MISSING, needed)):
+            role = f"the role {self.connection.info.user} lacks"
+            raise NotReady(f"{role} {', '.join(missing)}: see docs/DATABASES.md")
 
-    async def check_statements(self, connection: AsyncConnection[Any]) -> None:
+    async def check_statements(self) -> None:
         """Prepares each statement. Raises NotReady with PostgreSQL's words about one that fails."""
         for each in self.statements:
             name = b"check_" + each.prepared_name
+            query = b"PREPARE %b AS %b; DEALLOCATE %b" % (name, each.text, name)
             try:
-                query = b"PREPARE %b AS %b; DEALLOCATE %b" % (name, each.text, name)
-                await connection.execute(query)
+                await self.connection.execute(query)
             except psycopg.ProgrammingError as error:
                 text = f"{each.name}: {error.diag.message_primary}"
                 raise NotReady(f"the schema does not fit this release: {text}") from None
-
-
-async def rows(connection: AsyncConnection[Any], query: str, values: Any = None) -> list[Any]:
-    return await (await connection.execute(query.encode(), values)).fetchall()
 
 
 async def check_pooler(conninfo: str, connection: AsyncConnection[Any]) -> None:

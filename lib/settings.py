@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self
 import pydantic_settings
 from pydantic import AfterValidator, ValidationError, ValidationInfo, field_validator
 
+ENV_FILE = Path(__file__).parent.parent / ".env"
 MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
 PLACEHOLDER = re.compile(r"change.?(me|this)|replace.?(me|this)|your.{0,12}secret", re.IGNORECASE)
 HOST = r"([^\s/?#@]*@)?(\[[^\s/?#@]+\]|[^\s/?#@:]+)(:[1-9]\d{0,4})?"  # of a URL, with user and port
@@ -25,10 +26,7 @@ class BaseSettings(pydantic_settings.BaseSettings):
     """The base of a module's settings. A field's name in upper case is the variable's."""
 
     model_config = pydantic_settings.SettingsConfigDict(
-        env_file=Path(__file__).parent.parent / ".env",
-        env_file_encoding="utf-8-sig",
-        extra="ignore",
-        frozen=True,
+        env_file=ENV_FILE, env_file_encoding="utf-8-sig", extra="ignore", frozen=True
     )
 
     @field_validator("*", mode="before")
@@ -36,24 +34,19 @@ class BaseSettings(pydantic_settings.BaseSettings):
     def clean(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, str):
             return value
-        text = value.strip()
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-            text = text[1:-1].strip()
+        text = re.sub(r"^(['\"])(.*)\1$", r"\2", value.strip(), flags=re.DOTALL).strip()
         if re.search(r"[\r\n]", re.sub(r"\s*,\s*", ",", text)):  # a list may have one at a comma
             raise ValueError("has a line break in it")
         return text or cls.model_fields[str(info.field_name)].default
 
     @classmethod
     def load(cls) -> Self:
-        """Reads the settings. Raises SystemExit with a line that names the first wrong one.
-
-        The line never has the value, which may be a secret.
-        """
+        """Raises SystemExit with one line that names a wrong setting, and not its value."""
         try:
             return cls()
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            reason = first.get("ctx", {}).get("error") or first["msg"]
+            first = error.errors()[0]
+            reason = first["msg"].removeprefix("Value error, ")
             raise SystemExit(f"{str(first['loc'][0]).upper()} {reason}") from None
         except (OSError, UnicodeDecodeError):
             raise SystemExit(".env cannot be read: it has to be a text file in UTF-8") from None
@@ -63,11 +56,10 @@ class BaseSettings(pydantic_settings.BaseSettings):
 
 
 def check_secret(secret: str) -> str:
-    hint = "`openssl rand -base64 32` makes one"
     if secret and len(secret.encode()) < MIN_SECRET:
-        raise ValueError(f"is shorter than {MIN_SECRET} bytes: {hint}")
+        raise ValueError(f"is shorter than {MIN_SECRET} bytes: `openssl rand -base64 32` makes one")
     if secret and (PLACEHOLDER.search(secret) or len(set(secret)) == 1):
-        raise ValueError(f"can be guessed: {hint}")
+        raise ValueError("can be guessed: `openssl rand -base64 32` makes one that cannot")
     return secret
 
 
@@ -75,7 +67,7 @@ Secret = Annotated[str, AfterValidator(check_secret)]
 
 
 def form(pattern: str, text: str) -> AfterValidator:
-    """For an Annotated str that has to match a pattern, if it is set. `text` is said if not."""
+    """A validator of a str that has to match a pattern, if it is set. `text` is said if not."""
 
     def check(value: str) -> str:
         if value.endswith("/openid-configuration"):
