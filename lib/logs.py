@@ -3,12 +3,10 @@
     logs.configure()                              # logging's own records
     logs.write("INFO", {"message": "request"})    # without logging, which takes 8 us more
 
-The lines of one turn of the event loop go out in one write(). Standard output stays blocking,
-because O_NONBLOCK would hold for all that share it, a terminal's shell or the platform's agent.
-poll() tells instead whether it takes PIPE_BUF bytes at once: a pipe, a socket or a terminal does.
+Standard output stays blocking, because O_NONBLOCK would hold for all that share it, as a terminal's
+shell. poll() tells instead whether it takes PIPE_BUF bytes: a pipe, a socket or a terminal does.
 """
 
-import asyncio
 import logging
 import os
 import select
@@ -22,7 +20,6 @@ from typing import Any
 from pydantic_core import to_json
 
 MAX_BUFFER = 1_000_000  # bytes of lines that wait; what comes then is dropped and counted
-RETRY = 0.1  # seconds until output that took nothing is tried again
 
 
 class Output:
@@ -30,56 +27,39 @@ class Output:
 
     def __init__(self, fd: int) -> None:
         self.fd, self.lines, self.dropped = fd, bytearray(), 0
-        self.lock, self.room = threading.RLock(), select.poll()
+        self.room = select.poll()
         self.room.register(fd, select.POLLOUT)
-        self.loop: asyncio.AbstractEventLoop | None = None  # that is about to flush
+        self.lock = threading.RLock()  # the garbage collector may log while write() runs
 
     def write(self, line: bytes) -> None:
-        """Writes a line at the end of this turn of the event loop, or at once where none runs."""
+        """Writes what can go without waiting. The rest goes with a later line."""
         with self.lock:
-            if len(self.lines) < MAX_BUFFER:
-                self.lines += line
-            else:
+            if len(self.lines) >= MAX_BUFFER:
                 self.dropped += 1
-        if not self.schedule(0):
-            self.flush()
-
-    def schedule(self, seconds: float) -> bool:
-        """Makes the event loop flush. False in a thread that has none, and at the start."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return False
-        if loop is not self.loop:
-            self.loop = loop
-            loop.call_later(seconds, self.flush)
-        return True
-
-    def flush(self) -> None:
-        """Writes what goes without waiting. What fails, as on a full disk, is dropped."""
-        with self.lock:
-            self.loop = None
+            else:
+                if self.dropped:
+                    lost = {"message": "log lines dropped", "lines": self.dropped}
+                    self.lines, self.dropped = self.lines + encode("WARNING", lost), 0
+                self.lines += line
             try:
                 while self.lines and self.room.poll(0):
                     del self.lines[: os.write(self.fd, self.lines[: select.PIPE_BUF])]
-            except OSError:
+            except OSError:  # as on a full disk
                 self.dropped += self.lines.count(b"\n")
                 self.lines.clear()
-            else:
-                if self.dropped and len(self.lines) < MAX_BUFFER:
-                    dropped, self.dropped = self.dropped, 0
-                    write("WARNING", {"message": "log lines dropped", "lines": dropped})
-            if self.lines:
-                self.schedule(RETRY)
 
 
 output = Output(1)
 
 
+def encode(level: str, fields: dict[str, Any]) -> bytes:
+    return to_json({"time": datetime.now(UTC), "level": level, **fields}) + b"\n"
+
+
 def write(level: str, fields: dict[str, Any]) -> None:
     """Writes a line. Text that is no Unicode loses it."""
     with suppress(ValueError):
-        output.write(to_json({"time": datetime.now(UTC), "level": level, **fields}) + b"\n")
+        output.write(encode(level, fields))
 
 
 class JsonHandler(logging.Handler):
@@ -92,7 +72,6 @@ class JsonHandler(logging.Handler):
             fields["exception"] = type(record.exc_info[1]).__name__
             fields["trace"] = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
         write(record.levelname, fields)
-        output.flush()  # at the end of the process no turn of the loop may follow
 
 
 def configure() -> None:

@@ -6,6 +6,7 @@ ClientAddress and RequestLog come first: RequestLog makes the RequestState that 
 import asyncio
 import random
 import re
+from collections import Counter
 from time import perf_counter
 from typing import Any
 
@@ -144,7 +145,7 @@ class BodyLimit:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app, self.pending = app, 0
-        self.shares: dict[str, int] = {}  # of whoever has bytes here now
+        self.shares = Counter[str]()  # of whoever has bytes here now
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or state_of(scope).body is not None:
@@ -161,6 +162,7 @@ class BodyLimit:
                 return await receive()
             owner = state.user_id or networks(state.client)[0]
             state.body = await self.read(receive, owner)
+            self.hold(owner, len(state.body))  # until the request has ended
             return {"type": "http.request", "body": state.body, "more_body": False}
 
         try:
@@ -182,23 +184,22 @@ class BodyLimit:
                     if len(body) > SMALL and not self.has_room(owner):
                         raise HTTPProblem(503, "Too many uploads", headers=RETRY)
                     more = message["more_body"]
-        except BaseException as error:
-            self.hold(owner, -len(body))
-            if not isinstance(error, TimeoutError):
-                raise
+            return bytes(body)
+        except TimeoutError:
             text = f"The body did not arrive within {BODY_TIMEOUT} seconds"
             raise HTTPProblem(408, text) from None
-        return bytes(body)
+        finally:
+            self.hold(owner, -len(body))
 
     def hold(self, owner: str, size: int) -> None:
         """Counts bytes for an owner, or takes them back (`size` below 0)."""
         self.pending += size
-        share = self.shares.pop(owner, 0) + size
-        if share:
-            self.shares[owner] = share
+        self.shares[owner] += size
+        if not self.shares[owner]:
+            del self.shares[owner]
 
     def has_room(self, owner: str) -> bool:
-        return self.pending <= MAX_BODIES and self.shares.get(owner, 0) <= MAX_SHARE
+        return self.pending <= MAX_BODIES and self.shares[owner] <= MAX_SHARE
 
     def check_size(self, size: int) -> None:
         if size > MAX_BODY:

@@ -1,26 +1,21 @@
 """uvicorn's HTTP protocol, with bounds on what a client can make a connection hold, and how long.
 
-    uvicorn main:app --http lib.protocol:Protocol
-
 uvicorn reads heads of any size, and waits for ever for their end and for clients that do not read.
 """
 
-import json
 import re
 import resource
 import socket
 from asyncio import TimerHandle
+from http import HTTPStatus
 from typing import Any, ClassVar
-from uuid import uuid4
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from lib.problems import HTTPProblem
 from lib.readers import Readers
 
-# Open connections, of some 10 KB each. 64 file descriptors are left for everything else.
-SOFT, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-MAX_CONNECTIONS = 5_000 if SOFT == resource.RLIM_INFINITY else min(5_000, SOFT - 64)
+# Open connections, of 7 KB each. 64 file descriptors are left for everything else.
+MAX_CONNECTIONS = min(5_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64)
 MAX_HEAD = 65_536  # bytes of a request's target, header and trailer together
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
 HEAD_TIMEOUT = 10  # seconds for a head, from its first byte or from the connection's start
@@ -28,26 +23,23 @@ LINGER = 2  # seconds that a refused client has to read the refusal
 UNREAD = 65_536  # bytes of a response that the kernel holds unsent; above, the client is watched
 READ_TIMEOUT = 60  # seconds to take a response
 
-REFUSALS = {
-    400: "This is not HTTP/1.1",
-    414: f"The target of the request is larger than {MAX_HEAD} bytes",
-    431: f"The head of the request is larger than {MAX_HEAD} bytes",
-}
-UPGRADE = re.compile(rb"\nupgrade:", re.I)
+UPGRADE = re.compile(rb"\A((?:[^\r\n]+\r\n)+?)upgrade:", re.I)  # in the first head of some bytes
 
 
 class Protocol(HttpToolsProtocol):
     """A connection. The transport, the parser and uvicorn call the methods that override."""
 
+    # With more than 30 attributes in its dictionary, a connection takes 1 KB more.
+    __slots__ = ("refused", "size", "timers", "unparsed")
     readers: ClassVar[Readers] = Readers()
+    url = b""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.timers: dict[str, TimerHandle] = {}
         self.size = 0  # bytes of the request's target, header and trailer that were parsed
         self.unparsed = 0  # bytes of a line that has not ended yet
-        self.in_head = self.refused = False
-        self.status = 400  # of the refusal, when the parser is made to stop
+        self.refused = False
 
     def start(self, timer: str, seconds: float, end: Any) -> None:
         """Starts a timer that does not run yet."""
@@ -64,9 +56,8 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(UNREAD)
-        if self.client:  # else it is a Unix socket
-            peer = transport.get_extra_info("socket")
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
+        peer = transport.get_extra_info("socket")
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
         self.start("head", HEAD_TIMEOUT, transport.close)
         if len(self.connections) > MAX_CONNECTIONS:
             connections: Any = self.connections
@@ -76,11 +67,9 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.refused:
             return
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and b"pgrade:" in data:
-            # httptools takes what follows an Upgrade (Java asks for h2c) for another protocol.
-            head, end, body = data.partition(b"\r\n\r\n")
-            data = UPGRADE.sub(b"\nx-grade:", head) + end + body
+        if (self.cycle is None or self.cycle.response_complete) and b"pgrade:" in data:
+            # httptools takes the body after an Upgrade (Java asks for h2c) for another protocol.
+            data = UPGRADE.sub(rb"\1x-upgrade:", data)
         self.unparsed += len(data)
         super().data_received(data)
         if self.unparsed > MAX_HEAD and not self.refused:
@@ -103,6 +92,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn leaves it to run after a reset
         self.readers.discard(self.transport)
+        self.cycle: Any = None  # it refers to this object, so that both would wait for gc
         for timer in [*self.timers]:
             self.stop(timer)
 
@@ -110,28 +100,27 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.size, self.in_head = 0, True
+        self.size = 0
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
-        self.count(len(url), 414)
+        self.count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:  # and of a trailer
-        super().on_header(name, value.rstrip(b" \t"))  # RFC 9110 section 5.5
+        super().on_header(name, value)
         self.unparsed = 0
-        self.count(len(name) + len(value) + 4, 431)
+        self.count(len(name) + len(value) + 4)
 
-    def count(self, size: int, status: int) -> None:
+    def count(self, size: int) -> None:
         """Adds to the size of a head. Raises ValueError when it is too large."""
         self.size += size
         if self.size > MAX_HEAD:
-            self.status = status
             raise ValueError
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError
-        self.unparsed, self.in_head = 0, False
+        self.unparsed = 0
         self.stop("head")
         super().on_headers_complete()
 
@@ -143,16 +132,16 @@ class Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():  # it closes when the client has taken the response
             self.start("read", READ_TIMEOUT, self.transport.abort)
-        elif self.in_head:
+        elif self.scope is not self.cycle.scope:  # the next head has begun
             self.start("head", HEAD_TIMEOUT, self.transport.close)
 
     # Refusals.
 
     def send_400_response(self, msg: str) -> None:
-        self.refuse(self.status)
+        self.refuse(431 if self.size > MAX_HEAD else 400)
 
     def refuse(self, status: int) -> None:
-        """Closes the connection after a problem, or after the answers to the requests before."""
+        """Closes the connection after a refusal, or after the answers to the requests before."""
         self.refused, cycle = True, self.cycle
         answered = cycle is None or cycle.response_complete
         if not answered and (self.pipeline or not cycle.more_body):
@@ -162,17 +151,14 @@ class Protocol(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
         if answered or not cycle.response_started:
-            self.transport.write(problem(status, self.server_state.default_headers))
+            self.transport.write(refusal(414 if len(self.url) > MAX_HEAD else status))
         # To close at once would reset the connection of a client that still sends.
         self.transport.write_eof()
         self.start("linger", LINGER, self.transport.abort)
 
 
-def problem(status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
-    """A response that ends a connection (RFC 9457, RFC 9112 section 9.6)."""
-    request_id = uuid4().hex
-    body = json.dumps(HTTPProblem(status, REFUSALS[status]).members(request_id)).encode()
-    lines = [b"%s: %s" % header for header in headers]
-    lines += [b"content-type: application/problem+json", b"content-length: %d" % len(body)]
-    lines += [b"x-request-id: " + request_id.encode(), b"connection: close"]
-    return STATUS_LINE[status] + b"\r\n".join([*lines, b"", body])
+def refusal(status: int) -> bytes:
+    """A response in plain text, because the application does not see the request."""
+    text = HTTPStatus(status).phrase.encode()
+    headers = b"content-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+    return STATUS_LINE[status] + headers % len(text) + text

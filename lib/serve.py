@@ -12,7 +12,6 @@ from typing import Any
 
 import uvicorn
 from pydantic import Field
-from uvicorn.supervisors import Multiprocess
 
 from lib.settings import BaseSettings
 
@@ -46,28 +45,20 @@ def duplicates(listener: socket.socket) -> list[socket.socket]:
     return [listener, *(listener.dup() for _ in range(LISTENERS - 1))]
 
 
-def run(app: str, host: str = "", workers: int = 1, fd: int | None = None) -> None:
+def run(app: str, host: str = "", fd: int | None = None) -> None:
     """Serves `app` until a signal. `fd`, a socket that listens already, replaces host and port.
 
     The port is taken first and listened on last, when the application has started.
     """
-    # Without `workers`, uvicorn starts WEB_CONCURRENCY of them, which Heroku sets.
-    config = uvicorn.Config(app, host, Settings.load().port, workers=workers, **FLAGS)
-    if workers == 1:
-        config.load()  # so that the application's logging is there before the first line
-    first = config.bind_socket() if fd is None else socket.socket(fileno=fd)
-    sockets = duplicates(first)
-    server = uvicorn.Server(config)
+    config = uvicorn.Config(app, host, Settings.load().port, fd=fd, **FLAGS)
+    config.load()  # so that the application's logging is there before the first line
+    sockets = duplicates(config.bind_socket())
     with suppress(KeyboardInterrupt):  # Ctrl-C, after the server has shut down
-        if workers > 1:
-            Multiprocess(config, sockets).run()
-        else:
-            server.run(sockets)
+        uvicorn.Server(config).run(sockets)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m lib.serve")
     parser.add_argument("app", help="module:name")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
-    parser.add_argument("--workers", type=int, default=1, help="processes, each with its memory")
     run(**vars(parser.parse_args()))

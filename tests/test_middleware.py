@@ -224,7 +224,7 @@ def test_a_log_that_cannot_be_written_is_no_requests_fault(
     logs.write("INFO", {"message": "\ud800"})
     logs.write("INFO", {"message": "y"})
     written = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert [line["message"] for line in written] == ["y", "log lines dropped"]
+    assert [line["message"] for line in written] == ["log lines dropped", "y"]
 
 
 def test_an_exceptions_text_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
