@@ -39,11 +39,11 @@ class KeySet:
 
     def __init__(self, url: str, algorithms: Collection[str]) -> None:
         self.url, self.algorithms = url, algorithms
-        self.keys: list[jwt.PyJWK] = []
+        self.keys: dict[tuple[str | None, str], jwt.PyJWK] = {}  # by kid and algorithm
         self.fetched = self.tried = float("-inf")
         self.fetching: asyncio.Task[None] | None = None
         self.failure = ""  # why the last fetch brought no set
-        self.threads = threading.Semaphore(4)  # one that was given up counts until it ends
+        self.thread = threading.Thread()  # of the last download
 
     async def find(
         self, kid: str | None, alg: str, refused: jwt.PyJWK | None = None
@@ -73,10 +73,13 @@ class KeySet:
         return key
 
     def get(self, kid: str | None, alg: str, refused: jwt.PyJWK | None) -> jwt.PyJWK | None:
-        """The same among the keys that are known."""
-        keys = [key for key in self.keys if key.algorithm_name == alg and kid in (None, key.key_id)]
-        keys = [key for key in keys if key is not refused]
-        return keys[0] if len(keys) == 1 or (keys and kid) else None
+        """As find(), among the keys that are known."""
+        if kid is None:
+            keys = [key for (_, its_alg), key in self.keys.items() if its_alg == alg]
+            key = keys[0] if len(keys) == 1 else None
+        else:
+            key = self.keys.get((kid, alg))
+        return None if key is refused else key
 
     async def fetch(self) -> None:
         """Replaces the keys. While an issuer does not answer, or not with a set, the old stay."""
@@ -96,28 +99,42 @@ class KeySet:
     def start_download(self) -> asyncio.Future[bytes]:
         """Downloads in a daemon thread.
 
-        urllib waits for ever for a head that comes byte by byte. Such a thread is left alone, and
-        does not hold up the end of the process, as one of asyncio's or anyio's would.
+        urllib waits for ever for an answer that comes byte by byte. A thread that does so must not
+        hold up the end of the process, as one of asyncio's or anyio's would.
         """
-        if not self.threads.acquire(blocking=False):
-            raise TimeoutError("no answer to earlier requests")
+        if self.thread.is_alive():
+            raise TimeoutError("no answer to an earlier request")
         result: concurrent.futures.Future[bytes] = concurrent.futures.Future()
-        result.set_running_or_notify_cancel()
+        result.set_running_or_notify_cancel()  # fetch() may give up, and the thread go on
 
         def run() -> None:
             try:
                 result.set_result(self.download())
             except Exception as error:
                 result.set_exception(error)
-            self.threads.release()
 
-        threading.Thread(target=run, daemon=True).start()
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
         return asyncio.wrap_future(result)
 
-    def read(self, body: bytes) -> list[jwt.PyJWK]:
-        """The keys that can verify a token, each once. Raises ValueError for what is no set."""
+    def download(self) -> bytes:
+        """The issuer's answer. Raises OSError, or ValueError for too long a one."""
+        # Some issuers stand behind a filter that refuses Python's own User-Agent.
+        request = urllib.request.Request(self.url, headers={"User-Agent": "jwks"})  # noqa: S310
         try:
-            document = dict(json.loads(body.decode("utf-8-sig")))
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:  # noqa: S310
+                body: bytes = response.read(MAX_SIZE + 1)
+        except HTTPError as error:
+            with error:
+                raise ValueError(f"status {error.code}") from None
+        if len(body) > MAX_SIZE:
+            raise ValueError(f"more than {MAX_SIZE} bytes")
+        return body
+
+    def read(self, body: bytes) -> dict[tuple[str | None, str], jwt.PyJWK]:
+        """The keys that can verify a token. Raises ValueError for what is no set."""
+        try:
+            document = dict(json.loads(body))
         except (ValueError, TypeError, RecursionError):
             raise ValueError("not a JSON object") from None
         if "jwks_uri" in document:
@@ -130,25 +147,5 @@ class KeySet:
                 key = jwt.PyJWK(each, SAME.get(each.get("alg"), each.get("alg")))
                 usable = key.algorithm_name in self.algorithms and "d" not in each  # not private
                 if usable and key.public_key_use in (None, "sig"):
-                    material = [each.get(name) for name in ("x", "y", "n", "e")]
-                    keys[key.key_id, key.algorithm_name, *material] = key
-        return list(keys.values())
-
-    def download(self) -> bytes:
-        """Raises TimeoutError for a body that comes too late, ValueError for another answer."""
-        give_up, body = monotonic() + TIMEOUT, b""
-        # Some issuers stand behind a filter that refuses Python's own User-Agent.
-        request = urllib.request.Request(self.url, headers={"User-Agent": "jwks"})  # noqa: S310
-        try:
-            response = urllib.request.urlopen(request, timeout=TIMEOUT)  # noqa: S310
-        except HTTPError as error:
-            error.close()
-            raise ValueError(f"status {error.code}") from None
-        with response:
-            while part := response.read1(MAX_SIZE):
-                body += part
-                if len(body) > MAX_SIZE:
-                    raise ValueError(f"more than {MAX_SIZE} bytes")
-                if monotonic() > give_up:
-                    raise TimeoutError(f"no answer within {TIMEOUT} seconds")
-        return body
+                    keys[key.key_id, key.algorithm_name] = key
+        return keys

@@ -10,7 +10,7 @@ are fixed: around the border of two, twice the limit may pass within the length 
 
 import asyncio
 import logging
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from math import ceil
 from time import monotonic, time
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ class RateLimiter:
         if wait is None:
             wait = self.count(name, limit, keys)
         if wait:
-            raise too_many_requests(name, limit, ceil(wait))
+            raise too_many_requests(name, limit, seconds=ceil(wait))
 
     def count(self, name: str, limit: Limit, keys: tuple[str, ...]) -> float:
         """Counts one here. Above the limit it gives the seconds to wait, or else 0."""
@@ -118,19 +118,22 @@ def connect(uri: str) -> Any:
 
 
 def networks(address: str) -> list[str]:
-    """Keys of an IP address: its /64 and wider networks (IPv6), or itself and wider ones (IPv4)."""
+    """Keys of a client: the /64 and wider networks of IPv6, or the IPv4 address and wider ones."""
     try:
         ip = ip_address(address.partition("%")[0])
     except ValueError:
         return [address]
     ip = getattr(ip, "ipv4_mapped", None) or ip
     lengths = (32, 24, 16) if ip.version == 4 else (64, 48, 32)
-    return [f"v{ip.version} {int(ip) >> (ip.max_prefixlen - bits):x}/{bits}" for bits in lengths]
+    return [str(ip_network(f"{ip}/{bits}", strict=False)) for bits in lengths]
 
 
-def too_many_requests(name: str, limit: Limit, wait: int) -> HTTPProblem:
+def too_many_requests(name: str, limit: Limit, seconds: int) -> HTTPProblem:
     """429 with Retry-After, and the fields of draft-ietf-httpapi-ratelimit-headers-10."""
-    headers = {"RateLimit-Policy": f'"{name}";q={limit.amount};w={limit.seconds}'}
-    headers |= {"RateLimit": f'"{name}";r=0;t={wait}', "Retry-After": str(wait)}
-    text = f"Too many attempts: try again in {wait} second{'s' if wait > 1 else ''}"
+    headers = {
+        "RateLimit-Policy": f'"{name}";q={limit.amount};w={limit.seconds}',
+        "RateLimit": f'"{name}";r=0;t={seconds}',
+        "Retry-After": str(seconds),
+    }
+    text = f"Too many attempts: try again in {seconds} second{'s' if seconds > 1 else ''}"
     return HTTPProblem(429, text, headers=headers)
