@@ -43,7 +43,7 @@ class KeySet:
         self.fetched = self.tried = float("-inf")
         self.fetching: asyncio.Task[None] | None = None
         self.failure = ""  # why the last fetch brought no set
-        self.thread = threading.Thread()  # of the last download
+        self.downloading: concurrent.futures.Future[bytes] | None = None
 
     async def find(
         self, kid: str | None, alg: str, refused: jwt.PyJWK | None = None
@@ -102,10 +102,11 @@ class KeySet:
         urllib waits for ever for an answer that comes byte by byte. A thread that does so must not
         hold up the end of the process, as one of asyncio's or anyio's would.
         """
-        if self.thread.is_alive():
+        if self.downloading and not self.downloading.done():
             raise TimeoutError("no answer to an earlier request")
         result: concurrent.futures.Future[bytes] = concurrent.futures.Future()
         result.set_running_or_notify_cancel()  # fetch() may give up, and the thread go on
+        self.downloading = result
 
         def run() -> None:
             try:
@@ -113,8 +114,7 @@ class KeySet:
             except Exception as error:
                 result.set_exception(error)
 
-        self.thread = threading.Thread(target=run, daemon=True)
-        self.thread.start()
+        threading.Thread(target=run, daemon=True).start()
         return asyncio.wrap_future(result)
 
     def download(self) -> bytes:
