@@ -17,15 +17,14 @@ TAG = r'(?:W/)?"[!#-~]*"'
 # Possessive (`*+`): white space between commas matches one way only, so that it takes linear time.
 TAGS = re.compile(rf"(?:{TAG})?(?:[ \t]*+,[ \t]*+(?:{TAG})?)*+")
 
-
 precondition_failed = partial(HTTPProblem, 412, "It has been changed since")
 
 
 class Conditions(NamedTuple):
     """The entity tags of If-Match and If-None-Match (RFC 9110 section 13); None without one."""
 
-    match: list[str] | None
-    none_match: list[str] | None
+    match: list[str] | None = None
+    none_match: list[str] | None = None
 
     def versions(self, shape: str) -> str | None:
         """The versions that may be written, of tags "version-shape". None for any.
@@ -74,7 +73,7 @@ async def read_conditions(
     if_none_match: Annotated[str | None, Header(alias="If-None-Match", max_length=4096)] = None,
 ) -> Conditions:
     if if_match is None and if_none_match is None:
-        return Conditions(None, None)
+        return Conditions()
     lines = request.headers.getlist
     return Conditions(parse_tags(lines("if-match")), parse_tags(lines("if-none-match")))
 
@@ -90,19 +89,15 @@ def check_key(sent: str | None) -> str | None:
 
 
 IfConditions = Annotated[Conditions, Depends(read_conditions)]
-KEY_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}
-IdempotencyKey = Annotated[
-    str | None,
-    Header(alias="Idempotency-Key"),
-    AfterValidator(check_key),
-    WithJsonSchema(KEY_SCHEMA),
-]
+IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key"), AfterValidator(check_key),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}),
+]  # fmt: skip
 
 
 def next_link(request: Request, last_id: str) -> str:
     """Link to what follows `last_id`: the request's path and query, with `after` for the place."""
     place = ("after", "offset", "skip", "page")
+    sent = request.query_params.items()
     # What a route takes is short. The rest is left out, so that the Link fits a proxy's buffer.
-    sent = [(name, text) for name, text in request.query_params.items() if len(text) <= 40]
-    query = {name: text for name, text in sent if name not in place}
+    query = {name: text for name, text in sent if name not in place and len(text) <= 40}
     return f'<{client_path(request)}?{urlencode(query | {"after": last_id})}>; rel="next"'

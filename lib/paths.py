@@ -11,12 +11,11 @@ from lib.state import state_of
 
 
 class CanonicalPath:
-    """Gives each path one form before it is routed, and routes HEAD as GET.
+    """Never redirects, because a client may drop the Authorization header then. HEAD becomes GET.
 
-    It never redirects, because a client may drop the Authorization header then. `aliases` are
-    patterns at the start of a path and what they become. They run top down, each on the result of
-    the one before. `by_type` has, for a path and the media type of a body, the path that takes it.
-    A path of the form `unless` has no alias. Raises HTTPProblem(404).
+    `aliases` are patterns at the start of a path and what they become, each applied to the result
+    of the one before. `by_type` has, for a path and the media type of a body, the path that takes
+    it. A path of the form `unless` has no alias. Raises HTTPProblem(404).
     """
 
     def __init__(

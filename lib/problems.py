@@ -24,7 +24,6 @@ from lib.state import state_of
 Respond = Callable[[Request, Any], Coroutine[Any, Any, Response]]
 RETRY = {"Retry-After": "2"}
 PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # newer than Python 3.11's
-NO_OBJECT = {"missing", "dict_type", "model_type", "model_attributes_type"}  # pydantic's types
 
 
 class FieldError(SQLModel):
@@ -51,7 +50,7 @@ class Problem(SQLModel):
 class HTTPProblem(HTTPException):
     """An HTTPException with a code, by default made of the title (RFC 9110 section 15).
 
-    `errors` are FieldErrors, `reason` is for the log alone.
+    `errors` are as FieldError; `reason` is for the log alone.
     """
 
     def __init__(
@@ -72,15 +71,12 @@ class HTTPProblem(HTTPException):
         """The JSON object that a client gets."""
         body = {"type": "about:blank", "title": self.title, "status": self.status_code}
         body |= {"detail": self.detail, "message": self.detail, "code": self.code}
-        body["request_id"] = request_id
+        body |= {"request_id": request_id}
         return body | ({"errors": list(self.errors)} if self.errors else {})
 
 
 class Unauthorized(HTTPProblem):
-    """401 with a challenge. `description` tells the client what is wrong, but no value of a token.
-
-    `code` is for programs, `detail` for people.
-    """
+    """401 with a challenge. `description` tells the client what is wrong with its token."""
 
     def __init__(
         self,
@@ -90,8 +86,8 @@ class Unauthorized(HTTPProblem):
         detail: str = "Could not validate credentials",
         reason: str = "",
     ) -> None:
-        place = ["header", "authorization"]
-        errors = [{"loc": place, "msg": description, "type": code}] if description else []
+        error = {"loc": ["header", "authorization"], "msg": description, "type": code}
+        errors = [error] if description else []
         super().__init__(401, detail, code, errors=errors, reason=reason or description or code)
         self.description = description
 
@@ -157,17 +153,14 @@ def sentence(error: Mapping[str, Any], known: Mapping[str, str]) -> str:
     """What is wrong with a value: the sentence of its field, or else pydantic's words."""
     name, words = str(error["loc"][-1]), error["msg"].removeprefix("Value error, ")
     if len(error["loc"]) == 1:  # the whole body
-        return "The body has to be a JSON object" if error["type"] in NO_OBJECT else words
+        return words if error["type"] == "value_error" else "The body has to be a JSON object"
     words = "has to be sent" if error["type"] == "missing" else words
     return known.get(name.lower(), f"{name}: {words}")
 
 
 @cache
 def sentences(function: Callable[..., Any]) -> dict[str, str]:
-    """By name, a sentence for each value that a route or its dependencies take and describe.
-
-    It consists of the field's title, or else its name, and its description.
-    """
+    """The title and description of each value of a route and its dependencies, by its names."""
     fields: dict[str, FieldInfo] = {}
     found: dict[str, str] = {}
     for name, parameter in signature(function).parameters.items():
@@ -177,9 +170,8 @@ def sentences(function: Callable[..., Any]) -> dict[str, str]:
             found |= sentences(part.dependency) if isinstance(part, params.Depends) else {}
     for name, info in fields.items():
         if info.description:
-            sent_as = getattr(info.validation_alias, "choices", [info.alias or name])
-            text = f"{info.title or info.alias or name}: {info.description}"
-            found |= {alias.lower(): text for alias in sent_as}  # as a header's name may come
+            names = getattr(info.validation_alias, "choices", [info.alias or name])
+            found |= {each.lower(): f"{info.title or name}: {info.description}" for each in names}
     return found
 
 

@@ -33,7 +33,7 @@ from lib.state import state_of
 
 JSON_TYPE = re.compile(rb"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 PLACES: Any = {params.Path: "path", params.Query: "query", params.Header: "header"}
-SINGLE = (str, int, float, bool, UUID, NoneType)  # what a value of path, query or header may be
+SINGLE = (str, int, float, bool, UUID, NoneType)  # the types of values beside the body
 
 
 class PreparedRoutes:
@@ -125,8 +125,8 @@ class Function:
                 names = getattr(alias, "choices", [alias])  # the first that was sent counts
                 values[name] = field(hint, default, [AliasPath(place, each) for each in names])
                 if place == "header":
-                    require(mark.alias)  # FastAPI makes one of the name, with dashes
-                    self.headers.append((mark.alias.lower().encode(), mark.alias))
+                    require(alias == mark.alias)  # without one, FastAPI turns _ into -
+                    self.headers.append((alias.lower().encode(), alias))
             else:
                 require(not marks and not body and is_one_of(kind, (BaseModel, NoneType)))
                 body[name] = field(hint, default, ["body"])

@@ -145,16 +145,14 @@ PROBES: list[tuple[str, dict[str, Any]]] = [
     ("/guarded", PASS),
 ]  # fmt: skip
 BEYOND: list[Any] = [
-    list[int], Annotated[list[int], Query()], Annotated[Item, Query()], Response,
+    list[int], datetime, Response, Annotated[str, "x"] | None, Annotated[Item, Query()],
     Annotated[int, Query(default_factory=int)], Annotated[int, Query(validate_default=True)],
-    Annotated[str, params.Cookie()], Annotated[str, params.Form()], Annotated[str, "x"] | None,
-    Annotated[str, Query(validation_alias=AliasPath("a", 0))], Annotated[str, Depends(takes)],
-    Annotated[Item, params.Body(embed=True)], Annotated[str, Depends(yielding)],
-    Annotated[str, Depends(counted, use_cache=False)], Annotated[Item, Depends(body_of)],
-    Annotated[str, Depends(counted, max_concurrency=1)],
-    Annotated[str, params.Security(counted, scopes=["read"])],
-    datetime, header(),
-    (int, Query(3)), (str, Depends(counted)), (Item, Item(title="x", done=False)),
+    Annotated[str, params.Cookie()], Annotated[Item, params.Body(embed=True)], header(),
+    header(alias="x", validation_alias="y"), Annotated[str, Query(validation_alias=AliasPath("a"))],
+    Annotated[str, Depends(takes)], Annotated[str, Depends(yielding)],
+    Annotated[Item, Depends(body_of)], Annotated[str, Depends(counted, use_cache=False)],
+    Annotated[str, params.Security(counted, scopes=["read"])], (int, Query(3)),
+    (str, Depends(counted)), (Item, Item(title="x", done=False)),
 ]  # fmt: skip
 
 
