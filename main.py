@@ -180,7 +180,8 @@ app = openapi.DocumentedAPI(
 CurrentUser = Annotated[str, Depends(auth.current_user)]
 Owner = Annotated[str, fastapi.Path(alias="user_id")]  # the user that a path names
 Flag = Annotated[bool | None, Query(description="true or false")]
-Status = Literal["all", "completed", "done", "pending", "active", "incomplete", "todo"]
+Status = Annotated[Literal["all", "completed", "done", "pending", "active", "incomplete", "todo"],
+    Query(description="all, completed, done, pending, active, incomplete or todo")]  # fmt: skip
 STATUSES = {"all": None, "completed": True, "done": True}  # the others mean False
 Endpoint = Callable[..., Awaitable[Response]]
 Decorator = Callable[[Endpoint], Endpoint]

@@ -356,6 +356,7 @@ SENTENCES = [
     ("skip=x", "offset: a whole number to skip"),
     ("after=x", "after: the id of the last one seen"),
     ("completed=maybe", "completed: true or false"),
+    ("status=x", "status: all, completed, done, pending, active, incomplete or todo"),
     ("completed=true&is_completed=false", "completed and is_completed differ: send one"),
 ]
 
@@ -849,6 +850,13 @@ def test_a_refused_account_says_what_the_field_takes(
 ) -> None:
     sent = {"email": new_email(), "password": PASSWORD} | {field: value}
     refusal(public.post("/auth/register", json=sent), 422, "unprocessable_content", detail)
+
+
+@parametrize("password", ["", "x" * 1025, None])
+def test_a_password_that_cannot_be_is_told_so_at_login(public: Client, password: Any) -> None:
+    sent = {"email": new_email(), "password": password}
+    detail = "password: has to be sent, in up to 1024 characters"
+    refusal(public.post("/auth/login", json=sent), 422, "unprocessable_content", detail)
 
 
 @parametrize("title", [None, "", "  ", "x" * 501, "a\0b", 7])

@@ -41,7 +41,10 @@ Password = Annotated[str, Field(
     title="Password", min_length=8, max_length=128, description="8 to 128 characters",
     examples=["correct horse"],
 )]  # fmt: skip
-AnyPassword = Annotated[str, Field(min_length=1, max_length=1024, examples=["correct horse"])]
+AnyPassword = Annotated[str, Field(
+    min_length=1, max_length=1024, description="has to be sent, in up to 1024 characters",
+    examples=["correct horse"],
+)]  # fmt: skip
 
 
 class User(SQLModel):
