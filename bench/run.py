@@ -101,6 +101,8 @@ class Bench:
         (self.directory / "floor constant").write_text("GET /")
         self.start_api("usual", "uvicorn usual:app --app-dir bench --port $PORT --no-access-log")
         port = self.start("issuer", "python -m http.server -b 127.0.0.1 $PORT", self.directory)
+        (self.directory / "cryptography.py").write_text("raise ModuleNotFoundError")
+        self.start_service("plain", PYTHONPATH=str(self.directory))
         self.start_service("jwks", JWT_JWKS_URL=f"http://127.0.0.1:{port}/jwks.json")
         path = self.postgres.get_postmaster_info().socket_path
         for ms in 5, 1:
@@ -124,24 +126,27 @@ class Bench:
         for operation, requests in lines.items():
             (self.directory / f"{name} {operation}").write_text("\n".join(requests))
 
-    def load(self, name: str, operation: str, clients: int = 32) -> dict[str, float]:
+    def load(
+        self, name: str, operation: str, clients: int = 32, seconds: int = 0
+    ) -> dict[str, float]:
+        seconds = seconds or self.seconds
         port, process = self.servers[name]
-        command = f"""ulimit -n 4096; exec wrk -t1 -c{clients} -d{self.seconds} --timeout 10 \
+        command = f"""ulimit -n 4096; exec wrk -t1 -c{clients} -d{seconds} --timeout 10 \
             -s bench/wrk.lua http://127.0.0.1:{port} -- '{self.directory}/{name} {operation}'"""
         cpu = sum(process.cpu_times()[:2])  # user and system
         with Popen(command, shell=True, cwd=ROOT, stdout=PIPE, text=True) as wrk:
-            sleep(self.seconds * 0.8)
+            sleep(seconds * 0.8)
             [[used]] = self.db.execute(CONNECTIONS, [name]).fetchall()
             output = wrk.communicate()[0]
         cpu = sum(process.cpu_times()[:2]) - cpu
-        requests, rate, p99, errors = map(float, output.split("measured")[1].split())
+        requests, rate, p50, p99, errors = map(float, output.split("measured")[1].split())
         print(f"  {name:8} {operation:12} {rate:8,.0f}/s  {errors:.0f} errors", flush=True)
         if clients == 32 and operation != "mixed":
             self.rates[f"{name}: {operation}"].append(rate)
         os.truncate(self.directory / f"{name}.log", 0)
         [peak] = re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
-        load = {"rate": rate, "CPU": cpu / max(requests, 1), "p99": p99, "errors": errors}
-        return load | {"connections": used, "MB": int(peak) / 1024}
+        load = {"rate": rate, "CPU": cpu / max(requests, 1), "errors": errors}
+        return load | {"p50": p50, "p99": p99, "connections": used, "MB": int(peak) / 1024}
 
     def measure(self) -> Iterator[tuple[str, float]]:
         for one in OPERATIONS:
@@ -149,13 +154,16 @@ class Bench:
             yield f"CPU of {one} (bare routes)", service["CPU"] / floor["CPU"]
             usual = self.load("usual", one)
             yield f"throughput of {one} (times the usual way)", service["rate"] / usual["rate"]
-        few, many = self.load("service", "mixed"), self.load("service", "mixed", 1000)
+        few, many = self.load("service", "mixed"), self.load("service", "mixed", 1000, 6)
         yield "1,000 connections: errors", many["errors"]
+        yield "1,000 connections: p50 (ms)", many["p50"]
         yield "1,000 connections: p99 (ms)", many["p99"]
+        yield "1,000 connections: p99 (times p50)", many["p99"] / many["p50"]
         yield "1,000 connections: CPU (times that of 32)", many["CPU"] / few["CPU"]
         yield "1,000 connections: database connections", many["connections"]
         yield "peak memory (MB)", many["MB"]
-        yield "peak memory with JWKS (MB)", self.load("jwks", "mixed", 1000)["MB"]
+        for what, name in ("with JWKS", "jwks"), ("without cryptography", "plain"):
+            yield f"peak memory {what} (MB)", self.load(name, "mixed", 1000, 6)["MB"]
         for one in "GET one", "toggle":
             local = self.load("service", one, 64)["rate"]
             for ms in 5, 1:

@@ -18,5 +18,6 @@ end
 function done(summary, latency)
   local e, rate = summary.errors, summary.requests / summary.duration * 1e6
   local errors = e.connect + e.read + e.write + e.status + e.timeout
-  print("measured", summary.requests, rate, latency:percentile(99) / 1000, errors)
+  local p50, p99 = latency:percentile(50) / 1000, latency:percentile(99) / 1000
+  print("measured", summary.requests, rate, p50, p99, errors)
 end
