@@ -6,8 +6,8 @@ tenant sends must not decide how long another one waits. Four rules see to that:
 1. The lines are served in turn, one query each.
 2. A tenant may have FEW queries under way. One who is alone may have one more with each quick
    answer, so that a pool at rest is filled in a few round trips.
-3. A tenant whose query was slow may have one under way, for SLOW_MEMORY seconds. Slow tenants
-   share one pipeline, which takes no queries of others.
+3. A tenant whose query was slow may have one under way, until one is quick or SLOW_MEMORY seconds
+   are over. Slow tenants share one pipeline, which takes no queries of others.
 4. No tenant has queries on every pipeline.
 """
 
@@ -112,7 +112,9 @@ class Queue:
         tenant.under_way[pipeline] -= 1
         if not tenant.under_way[pipeline]:
             del tenant.under_way[pipeline]
-        tenant.window += quickly
+        if quickly:
+            tenant.window += 1
+            self.slow.pop(tenant.name, None)  # all may have been slow for a moment
         self.forget(tenant)
 
     def forget(self, tenant: Tenant) -> None:
