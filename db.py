@@ -290,9 +290,9 @@ def conninfo() -> str:
 # 8 connections at most. A read is bound by our CPU, so few connections with many reads under way
 # on each do. Commits on one connection wait for the disk in turn, so writes get more connections.
 # A write may wait for a lock, and must not hold up the reads behind it, so each kind has a pool.
-connections = ConnectionPool(conninfo, max_size=8)
+connections = ConnectionPool(conninfo, max_size=9)
 reads = PipelinePool(connections, size=3, depth=16, span=span_of)
-writes = PipelinePool(connections, size=5, depth=5, span=span_of)
+writes = PipelinePool(connections, size=6, depth=4, span=span_of)
 
 
 async def start() -> None:

@@ -69,8 +69,8 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
     async def acquire(self) -> Connection:
         """Waits for a connection that works, and for the pool to be open."""
         while True:
-            try:  # again after half a second: being asked is what makes the pool connect
-                connection = await self.getconn(timeout=0.5)
+            try:  # again after a second: being asked is what makes the pool connect
+                connection = await self.getconn(timeout=1)
             except PoolTimeout:
                 continue
             except PoolClosed:  # or not yet open
@@ -82,6 +82,9 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
             except psycopg.Error:  # the server may have gone for the other idle ones as well
                 await self.discard(connection)
                 await self.drain()
+            except BaseException:  # the pool was closed meanwhile
+                await self.discard(connection)
+                raise
 
     async def release(self, connection: Connection) -> None:
         """Gives a connection back, for whoever acquires next."""

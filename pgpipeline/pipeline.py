@@ -26,7 +26,7 @@ from pgpipeline.result import Result
 if TYPE_CHECKING:
     from pgpipeline.pool import PipelinePool
 
-QUERY_TIMEOUT = 5.0  # seconds until a query has failed, wherever it has spent them
+CANCEL_TIMEOUT = 2.0  # seconds for the answer to a cancelled query, before its connection is lost
 STATEMENT_TIMEOUT = 1.0  # seconds until a statement is cancelled, if other queries wait
 SLOW = 0.1  # seconds without an answer, beyond the round trip, after which a query is slow
 MAX_HOLD = 60.0  # seconds until a busy connection is released, so that the pool can replace it
@@ -201,7 +201,7 @@ class Pipeline:
             elif separated:
                 # libpq separates two results by one None. After two of them nothing will come,
                 # so an answer is missing and all that follow would go to the wrong callers.
-                raise psycopg.OperationalError
+                raise psycopg.OperationalError("an answer is missing")
             separated = not result
 
     def handle(self, result: PGresult) -> None:
@@ -237,7 +237,7 @@ class Pipeline:
         if sqlstate == "25006":  # the connection leads to a standby, so it is not for reuse
             self.state = State.BROKEN
         error = error_of(statement.name, answer)
-        if sqlstate in RETRYABLE and not query.cancel_sent:
+        if sqlstate in RETRYABLE and not query.cancelled_at:
             self.pool.retry(query, error, sqlstate)
         elif not query.result.done():
             query.result.set_exception(error)
@@ -257,11 +257,18 @@ class Pipeline:
         if not self.is_silent(now):
             return
         query, silence = self.sent[0], now - self.waiting_since
-        if silence > QUERY_TIMEOUT + 3 * SLOW:
-            raise TimeoutError
+        if query.cancelled_at and now - query.cancelled_at > CANCEL_TIMEOUT:
+            raise TimeoutError  # neither an answer nor an error: nobody is there
         self.pool.queue.found_slow(query.tenant)
         holds_up = silence > STATEMENT_TIMEOUT and (len(self.sent) > 1 or self.pool.queue)
-        if (holds_up or query.result.done()) and not query.cancel_sent:
-            query.cancel_sent = True
-            task = asyncio.create_task(self.connection.cancel_safe(timeout=QUERY_TIMEOUT))
-            task.add_done_callback(asyncio.Task.exception)  # an error of it is nobody's
+        if (holds_up or query.result.done()) and not query.cancelled_at:
+            query.cancelled_at = now
+            task = asyncio.create_task(self.cancel())
+            self.pool.cancelling.add(task)
+            task.add_done_callback(self.pool.cancelling.discard)
+
+    async def cancel(self) -> None:
+        """Asks PostgreSQL to cancel what it executes. The answer to that query tells whether it
+        did."""
+        with suppress(psycopg.Error, OSError):
+            await self.connection.cancel_safe(timeout=CANCEL_TIMEOUT)

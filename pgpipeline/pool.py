@@ -9,14 +9,15 @@ from time import monotonic
 
 from pgpipeline.connection import ConnectionPool
 from pgpipeline.errors import CONFLICTS, Unavailable
-from pgpipeline.pipeline import QUERY_TIMEOUT, SLOW, Pipeline
+from pgpipeline.pipeline import SLOW, Pipeline
 from pgpipeline.queue import Query, Queue
 from pgpipeline.result import Result
 from pgpipeline.statement import Statement, Value, encode
 
+QUERY_TIMEOUT = 5.0  # seconds until a query has failed, wherever it has spent them
 MAX_ATTEMPTS = 3  # to execute a query
 MAX_CONFLICTS = 10  # attempts, where they end in a conflict with another transaction
-PAUSE = 0.005  # seconds on average before the first attempt after a conflict; each next has twice
+PAUSE = 0.005  # seconds: a pause after a conflict is up to twice that, and doubles each time
 RECONNECT = 0.1  # seconds until a pipeline that got no connection is replaced
 
 
@@ -34,8 +35,9 @@ class PipelinePool:
         self.connections, self.size, self.depth, self.span = connections, size, depth, span
         self.queue = Queue(size)
         self.pipelines: dict[Pipeline, asyncio.Task[None]] = {}
+        self.cancelling: set[asyncio.Task[None]] = set()
         self.last_answer = float("-inf")  # on the clock of time.monotonic()
-        self.scheduled = False
+        self.scheduled = self.is_closed = False
 
     async def execute(
         self, statement: Statement, values: Mapping[str, Value], tenant: str = ""
@@ -63,11 +65,12 @@ class PipelinePool:
         return monotonic() - self.last_answer
 
     async def close(self) -> None:
-        """Ends all pipelines. Queries that wait or are under way fail."""
-        waiting = [tenant.line for tenant in self.queue.tenants.values()]
-        for query in chain(*waiting, *[pipeline.sent for pipeline in self.pipelines]):
+        """Ends all pipelines. Queries that wait or are under way fail, and so do later ones."""
+        self.is_closed = True
+        lines = [tenant.line for tenant in self.queue.tenants.values()]
+        for query in chain(*lines, *[pipeline.sent for pipeline in self.pipelines]):
             expire(query)
-        tasks = list(self.pipelines.values())
+        tasks = [*self.pipelines.values(), *self.cancelling]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -76,6 +79,8 @@ class PipelinePool:
 
     def put(self, query: Query) -> None:
         """Queues a query. It is sent with all others that come in this turn of the loop."""
+        if self.is_closed:
+            return expire(query)
         self.queue.append(query)
         if not self.scheduled:
             self.scheduled = True
@@ -84,11 +89,12 @@ class PipelinePool:
     def dispatch(self) -> None:
         """Sends what is queued, each query where the fewest are under way, and flushes once."""
         self.scheduled = False
-        if not self.queue:
+        if self.is_closed or not self.queue:
             return
         now = monotonic()
-        usable = [p for p in self.pipelines if p.is_active and not p.is_silent(now)]
-        self.keep_slow_apart(usable)
+        active = [pipeline for pipeline in self.pipelines if pipeline.is_active]
+        self.keep_slow_apart(active)
+        usable = [pipeline for pipeline in active if not pipeline.is_silent(now)]
         self.fill([p for p in usable if p.serves_slow])
         self.fill([p for p in usable if not p.serves_slow])
         for pipeline in usable:
@@ -104,19 +110,25 @@ class PipelinePool:
             if len(pipeline.sent) >= self.depth:
                 return
             query = self.queue.take(pipeline, pipeline.serves_slow)
-            if query:
+            if query and query.result.done():  # its caller has left in this turn of the loop
+                self.queue.ended(query, pipeline, quickly=False)
+            elif query:
                 pipeline.send(query)
             else:  # another one may have a tenant's queries under way, and so may get more of them
                 pipelines.remove(pipeline)
 
-    def keep_slow_apart(self, usable: list[Pipeline]) -> None:
-        """Lets one pipeline serve slow tenants while there are any, and everybody otherwise."""
+    def keep_slow_apart(self, active: list[Pipeline]) -> None:
+        """Lets the pipeline that has most of the slow tenants' queries serve them alone, if another
+        one is left for quick tenants."""
         self.queue.forget_slow()
-        if not self.queue.slow:
-            for pipeline in self.pipelines:
+        slow = self.queue.slow
+        if not slow or len(active) < 2:
+            for pipeline in active:
                 pipeline.serves_slow = False
-        elif usable and not any(p.serves_slow for p in self.pipelines) and self.queue.count_slow():
-            min(usable, key=lambda pipeline: len(pipeline.sent)).serves_slow = True
+        elif self.queue.count_slow() and not any(pipeline.serves_slow for pipeline in active):
+            of_slow = {p: sum(query.tenant.name in slow for query in p.sent) for p in active}
+            max(active, key=of_slow.__getitem__).serves_slow = True
+        self.queue.apart = any(pipeline.serves_slow for pipeline in active)
 
     def is_busy(self, usable: list[Pipeline]) -> bool:
         """Whether another pipeline would help: each that serves quick tenants has several queries
@@ -136,9 +148,9 @@ class PipelinePool:
         if query.attempts >= (MAX_CONFLICTS if conflict else MAX_ATTEMPTS):
             query.result.set_exception(error)
             return
-        query.attempts += 1
+        query.attempts, query.cancelled_at = query.attempts + 1, 0.0
         if conflict:  # at once it would meet the same transaction again
-            pause = PAUSE * 2**query.attempts * random.random()  # noqa: S311  # no secret
+            pause = PAUSE * 2 ** (query.attempts - 1) * random.random()  # noqa: S311  # no secret
             asyncio.get_running_loop().call_later(pause, self.put_again, query)
         else:
             self.put(query)

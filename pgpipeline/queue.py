@@ -32,7 +32,7 @@ class Tenant:
 
     name: str
     line: "deque[Query]" = field(default_factory=deque)
-    window: int = FEW  # queries that may be under way while nobody else is served
+    window: int = FEW  # queries that may be under way when it is alone; grows with quick answers
     under_way: dict[Hashable, int] = field(default_factory=dict)  # queries, by pipeline
 
 
@@ -46,7 +46,7 @@ class Query:
     result: asyncio.Future[Result]
     in_line: bool = False
     attempts: int = 1
-    cancel_sent: bool = False
+    cancelled_at: float = 0.0  # on the clock of time.monotonic()
 
 
 class Queue:
@@ -56,19 +56,23 @@ class Queue:
         self.size = size
         self.tenants: OrderedDict[str, Tenant] = OrderedDict()  # the next in turn comes first
         self.slow: dict[str, float] = {}  # until when, on the clock of time.monotonic()
+        self.apart = False  # whether one of the pipelines serves slow tenants alone
         self.waiting = 0
 
     def __len__(self) -> int:
         return self.waiting
 
     def tenant(self, name: str) -> Tenant:
-        """The tenant of this name. It is known while it has queries, or is slow."""
+        """The tenant of this name, made if it is unknown. It is known while it has queries, or is
+        slow."""
         return self.tenants.get(name) or self.tenants.setdefault(name, Tenant(name))
 
     def append(self, query: Query) -> None:
         """Adds a query to its tenant's line. When the queue is full, the longest line gives way."""
+        # One that comes again is first in its line, and its tenant may have been forgotten.
         query.tenant = self.tenant(query.tenant.name)
-        query.tenant.line.append(query)
+        line = query.tenant.line
+        line.appendleft(query) if query.attempts > 1 else line.append(query)
         query.in_line = True
         self.waiting += 1
         if self.waiting > MAX_QUEUE:
@@ -99,10 +103,11 @@ class Queue:
     def may_send(self, tenant: Tenant, pipeline: Hashable, serves_slow: bool) -> bool:
         """Whether rules 2 to 4 let a tenant's next query go to a pipeline."""
         is_slow = tenant.name in self.slow
-        if self.size > 1:  # a single pipeline serves all
-            reaches_all = len(tenant.under_way) >= self.size - 1
-            if is_slow != serves_slow or (reaches_all and pipeline not in tenant.under_way):
-                return False
+        if self.apart and is_slow != serves_slow:
+            return False
+        most = max(1, self.size - 1 - self.apart)  # pipelines for one tenant
+        if self.size > 1 and pipeline not in tenant.under_way and len(tenant.under_way) >= most:
+            return False
         window = 1 if is_slow else FEW if len(self.tenants) > 1 else tenant.window
         return sum(tenant.under_way.values()) < window
 

@@ -198,12 +198,12 @@ async def test_a_lost_connection_condemns_those_that_are_idle(
     pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await open_all(pool)
-    for module in ("pool", "pipeline"):
-        monkeypatch.setattr(f"pgpipeline.{module}.QUERY_TIMEOUT", 0.5)
+    monkeypatch.setattr("pgpipeline.pool.QUERY_TIMEOUT", 0.5)
+    monkeypatch.setattr("pgpipeline.pipeline.CANCEL_TIMEOUT", 0.2)
     with dead_peers(pool):
         with pytest.raises(Unavailable):
             await ask(pool, "SELECT 1")
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1)
         assert (await ask(pool, "SELECT 1")).rows == [(b"1",)]
 
 

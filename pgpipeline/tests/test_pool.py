@@ -298,6 +298,17 @@ async def test_a_tenant_whose_queries_become_slow_leaves_a_pipeline_to_others(
         query.cancel()
 
 
+@pytest.mark.parametrize("size", [2, 3])
+async def test_a_tenant_who_became_slow_does_not_take_the_pipeline_that_was_left(
+    database: str, size: int
+) -> None:
+    async with pool_of(database, size) as pool:
+        slow = [asyncio.create_task(ask(pool, "SELECT 1 FROM pg_sleep(0.8)", "a")) for _ in "12345"]
+        await asyncio.sleep(0.4)  # by then it is known to be slow
+        assert await seconds(pool, "SELECT 1", "bob") < 0.3
+    await asyncio.gather(*slow, return_exceptions=True)
+
+
 async def test_three_heavy_users_at_once_leave_others_quick(pool: PipelinePool) -> None:
     with users(pool, "abc", "SELECT 1 FROM pg_sleep(0.02)", at_once=100):
         await asyncio.sleep(0.5)
