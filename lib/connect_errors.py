@@ -12,8 +12,8 @@ from psycopg.pq import PGconn, PollingStatus
 # codes, and of poolers, whose codes tell little. Those words are English everywhere.
 HOPELESS_STATES = ("0A", "22", "28", "3D", "42", "55000")
 HOPELESS = re.compile(
-    r"certificate|private key|not support SSL|sslmode|channel binding|invalid |authentication "
-    r"|no password|not known|No address"
+    r"certificate|private key|not support SSL|sslmode|channel binding|invalid |no password"
+    r"|authentication (failed|method|request)|not known|No address"
     r"|no such (database|user)|unsupported startup|not (be )?found|not specified|is disabled"
 )
 PATIENCE = 3.0  # seconds that each step of connecting may take

@@ -125,9 +125,8 @@ def test_e_mails_of_an_earlier_release_get_their_one_spelling_in_any_locale(post
         connection.execute("CREATE DATABASE todo_locale_test TEMPLATE template0 LOCALE 'C'")
     with psycopg.connect(make_conninfo(postgres, dbname="todo_locale_test")) as connection:
         connection.execute((HERE / "tests/schema_1_0.sql").read_bytes())
-        for email in ACCOUNTS_OF_1_0:
-            query = "INSERT INTO users (email, password_hash) VALUES (%s, '')"
-            connection.execute(query, [email])
+        query = "INSERT INTO users (email, password_hash) SELECT unnest(%s::text[]), ''"
+        connection.execute(query, [ACCOUNTS_OF_1_0])
         connection.execute(SCHEMA)
         found = connection.execute("SELECT email FROM todo.users").fetchall()
     spellings = {normal_email(email) for email in ACCOUNTS_OF_1_0}
@@ -139,8 +138,7 @@ def test_e_mails_of_an_earlier_release_get_their_one_spelling_in_any_locale(post
 
 def applied(url: str, schema: bytes = SCHEMA) -> None:
     with tempfile.NamedTemporaryFile() as file:
-        file.write(schema)
-        file.flush()
+        Path(file.name).write_bytes(schema)
         asyncio.run(prepare_database(url, Path(file.name), "todo.tasks", []))
 
 
@@ -157,11 +155,7 @@ def test_of_many_that_start_together_one_applies_it_and_none_fails(
 TABLES = "('todo.users'::regclass, 'todo.tasks'::regclass)"
 SHAPE = [
     f"""
-    SELECT
-        attrelid::regclass::text,
-        attname,
-        format_type(atttypid, atttypmod),
-        attnotnull,
+    SELECT attrelid::regclass::text, attname, format_type(atttypid, atttypmod), attnotnull,
         pg_get_expr(adbin, adrelid)
     FROM pg_attribute
     LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum

@@ -1,7 +1,6 @@
 """Databases as people have them: shared, restricted, read-only, behind poolers, oddly set."""
 
 import asyncio
-import logging
 import re
 import socket
 import struct
@@ -202,17 +201,11 @@ def test_a_read_only_database_serves_reads(empty: str, tmp_path: Path) -> None:
 # What a start leaves behind.
 
 
-@parametrize(
-    "statement",
-    [
-        Statement("WRONG", "SELECT nothing FROM todo.tasks"),
-        Statement("UNQUALIFIED", "SELECT id FROM tasks"),
-    ],
-)
-def test_a_start_that_fails_leaves_the_database_as_it_was(empty: str, statement: Statement) -> None:
-    execute(empty, (HERE / "tests/schema_1_0.sql").read_text(), "SET search_path = todo")
+@parametrize("text", ["SELECT nothing FROM todo.tasks", "SELECT id FROM tasks"])
+def test_a_start_that_fails_leaves_the_database_as_it_was(empty: str, text: str) -> None:
+    execute(empty, (HERE / "tests/schema_1_0.sql").read_text())
     before = in_public(empty)
-    assert f"release: {statement.name}: " in refusal(empty, statement)
+    assert "release: WRONG: " in refusal(empty, Statement("WRONG", text))
     assert in_public(empty) == before
     assert query(empty, "SELECT to_regnamespace('todo')") == [(None,)]
 
@@ -220,16 +213,11 @@ def test_a_start_that_fails_leaves_the_database_as_it_was(empty: str, statement:
 # Settings of a database.
 
 
-@parametrize(
-    ("encoding", "line"), [("SQL_ASCII", "encoding SQL_ASCII"), ("LATIN1", "encoding LATIN1")]
-)
-def test_a_database_that_is_not_utf8_stops_the_start_with_a_line(
-    empty: str, encoding: str, line: str
-) -> None:
+@parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_that_is_not_utf8_stops_the_start_with_a_line(empty: str, encoding: str) -> None:
     create = f"CREATE DATABASE todo_many_test ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'"
     execute(make_conninfo(empty, dbname="todo_test"), "DROP DATABASE todo_many_test", create)
-    assert line in refusal(empty)
-    assert "UTF8" in refusal(empty)
+    assert f"encoding {encoding}, it has to be UTF8" in refusal(empty)
 
 
 HOSTILE = {
@@ -313,15 +301,8 @@ def fake_server(sqlstate: str, message: str, tls: bytes = b"N") -> str:
 
     `tls` is its answer to a request for TLS: N refuses it, S agrees.
     """
-    fields = {
-        "S": "ВАЖНО",
-        "V": "FATAL",
-        "C": sqlstate,
-        "M": message,
-        "D": "the detail",
-        "H": "hint",
-    }
-    error = b"".join((name + text).encode() + b"\0" for name, text in fields.items()) + b"\0"
+    fields = ["S" + "ВАЖНО", "VFATAL", f"C{sqlstate}", f"M{message}", "Da", "Hb", "", ""]
+    error = "\0".join(fields).encode()
     listener = socket.create_server(("127.0.0.1", 0))
 
     def refuse() -> None:
@@ -341,11 +322,9 @@ def fake_server(sqlstate: str, message: str, tls: bytes = b"N") -> str:
 
 @parametrize("sqlstate", ["28P01", "28000", "3D000", "42501", "55000"])
 def test_an_error_that_waiting_does_not_cure_ends_the_start_in_any_language(sqlstate: str) -> None:
-    begun = monotonic()
     line = refusal(fake_server(sqlstate, "доступ запрещён"))
-    assert line.startswith("DATABASE_URL does not work: ")
+    assert line.startswith("DATABASE_URL does not work: ")  # and not that 30 seconds are over
     assert line.endswith("ВАЖНО:  доступ запрещён")
-    assert monotonic() - begun < 10
 
 
 def test_an_error_that_waiting_cures_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,9 +350,9 @@ def test_the_line_of_a_database_is_its_error_and_not_a_detail(empty: str) -> Non
 def test_tls_that_cannot_work_ends_the_start_at_once(
     tls: bytes, parameters: str, words: str
 ) -> None:
-    begun = monotonic()
-    assert words in refusal(f"{fake_server('57P03', 'x', tls)}?{parameters}")
-    assert monotonic() - begun < 10
+    line = refusal(f"{fake_server('57P03', 'x', tls)}?{parameters}")
+    assert line.startswith("DATABASE_URL does not work: ")  # and not that 30 seconds are over
+    assert words in line
 
 
 # The start has one bound.
@@ -402,10 +381,7 @@ def test_a_pooler_with_one_server_connection_can_start(database: str, tmp_path: 
 
 @needs_pgbouncer
 def test_a_pooler_without_a_free_connection_is_named_and_not_waited_for_longer(
-    database: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(prepare, "STARTUP_TIMEOUT", 5.0)
     with pgbouncer(database, tmp_path, tracks=0, size=1) as url, psycopg.connect(url) as other:
@@ -413,16 +389,14 @@ def test_a_pooler_without_a_free_connection_is_named_and_not_waited_for_longer(
         begun = monotonic()
         assert "a pooler may have no server connection free" in refusal(url)
         assert monotonic() - begun < 20
-    assert [record.levelno for record in caplog.records if record.name == "postgres"] == [
-        logging.WARNING
-    ]
+    [message] = [record.message for record in caplog.records if record.name == "postgres"]
+    assert "no server connection free" in message
 
 
 def test_a_start_on_a_lock_says_what_it_waits_for_and_goes_on(by_hand: str, tmp_path: Path) -> None:
-    lock = threading.Timer(6, lambda: other.rollback())
     with psycopg.connect(by_hand) as other:
         other.execute("LOCK TABLE todo.tasks")
-        lock.start()
+        threading.Timer(6, other.rollback).start()
         with serving(by_hand, tmp_path / "log") as server:
             messages = [line["message"] for line in server.log()]
     assert any("waits for a lock on a table" in message for message in messages)

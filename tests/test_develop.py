@@ -42,10 +42,8 @@ class Run:
         """Asks the service. A request that comes while it starts waits for it."""
         wait_until(lambda: listens(self.port) or self.process.poll() is not None)
         method, url = "POST" if account else "GET", f"http://127.0.0.1:{self.port}{path}"
-        headers = {"Origin": "http://localhost:3000"}
-        return httpx.request(
-            method, url, json=account, headers=headers, trust_env=False, timeout=20
-        )
+        options: Any = {"headers": {"Origin": "http://localhost:3000"}, "trust_env": False}
+        return httpx.request(method, url, json=account, timeout=20, **options)
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -157,10 +155,7 @@ def test_pages_of_this_machine_may_call_it_and_the_start_says_so(used: Path) -> 
 @pytest.mark.parametrize("place", ["environment", ".env"])
 @pytest.mark.parametrize("name", ["JWT_SECRET", "BETTER_AUTH_SECRET", "JWT_JWKS_URL"])
 def test_what_is_set_is_not_made(folder: Path, name: str, place: str) -> None:
-    given: Any = {
-        "DATABASE_URL": UNREACHABLE,
-        name: KEYS,
-    }
+    given: Any = {"DATABASE_URL": UNREACHABLE, name: KEYS}
     text = "".join(f"{name}={value}\n" for name, value in given.items())
     (folder / ".env").write_text(text if place == ".env" else "")
     with running(folder, **(given if place == "environment" else {})) as run:

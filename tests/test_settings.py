@@ -40,21 +40,15 @@ def test_white_space_and_quotes_are_no_part_of_a_value_of_any_kind(
     assert (found.a_text, found.a_number, found.a_flag, found.a_choice) == ("it's", 7, True, "on")
 
 
-@parametrize(
-    ("name", "value", "words"),
-    [
-        ("A_TEXT", "hunter2\nhunter2", "A_TEXT has a line break in it"),
-        ("A_NUMBER", "hunter2", "A_NUMBER"),
-        ("A_CHOICE", "hunter2", "A_CHOICE"),
-    ],
-)
+@parametrize("given", ["A_TEXT=hunter2\nhunter2", "A_NUMBER=hunter2", "A_CHOICE=hunter2"])
 def test_a_wrong_value_is_one_line_without_the_value(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+    monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
+    name, _, value = given.partition("=")
     with pytest.raises(SystemExit) as raised:
         settings(monkeypatch, {name: value})
     [line] = str(raised.value).splitlines()
-    assert words in line
+    assert name in line
     assert "hunter2" not in line
 
 
@@ -62,19 +56,11 @@ def test_a_list_may_go_over_several_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert settings(monkeypatch, {"A_TEXT": "a,\r\n b,\n"}).a_text == "a,\r\n b,"
 
 
-@parametrize(
-    "given",
-    [
-        "https://a.example,\n 'https://b.example',",
-        '["https://a.example", "https://b.example"]',
-    ],
-)
+@parametrize("given", ["https://a.a,\n 'https://b.b',", '["https://a.a", "https://b.b"]'])
 def test_a_list_of_origins_may_have_quotes_and_line_breaks(given: str) -> None:
-    async def respond(_: Any, __: Exception) -> Any:
-        raise AssertionError
-
+    respond: Any = None
     options: Any = cors(given, "CORS_ORIGINS", respond).kwargs["options"]
-    assert options["allow_origins"] == ["https://a.example", "https://b.example"]
+    assert options["allow_origins"] == ["https://a.a", "https://b.b"]
 
 
 @parametrize("encoding", ["utf-8", "utf-8-sig"])
