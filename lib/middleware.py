@@ -25,12 +25,10 @@ MAX_SHARE = 4_000_000  # bytes of the bodies of one user, or of one address with
 SMALL = 8_192  # bytes of a body that always find room
 BODY_TIMEOUT = 10  # seconds for a body to arrive
 
-PROXIES = (  # private networks, where the proxies of platforms stand (RFC 1918, 4193, 6598)
-    "127.0.0.0/8,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7"
-)
+# Private networks, where the proxies of platforms stand (RFC 1918, 4193, 6598).
+PROXIES = "127.0.0.0/8,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7"
 FORWARDED = b"x-forwarded-for"
 MAX_ADDRESS = 45  # characters of an IP address at most
-
 PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")
 
 
@@ -151,10 +149,9 @@ class BodyLimit:
         if scope["type"] != "http" or state_of(scope).body is not None:
             return await self.app(scope, receive, send)
         state, owner = state_of(scope), ""
-        headers = state.headers
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        if state.headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise HTTPProblem(415, "The body must not be compressed")
-        self.check_size(int(headers.get(b"content-length", 0)))
+        self.check_size(int(state.headers.get(b"content-length", 0)))
 
         async def receive_whole() -> Message:
             nonlocal owner
@@ -181,7 +178,8 @@ class BodyLimit:
                     body += message["body"]
                     self.hold(owner, len(message["body"]))
                     self.check_size(len(body))
-                    if len(body) > SMALL and not self.has_room(owner):
+                    is_full = self.pending > MAX_BODIES or self.shares[owner] > MAX_SHARE
+                    if is_full and len(body) > SMALL:
                         raise HTTPProblem(503, "Too many uploads", headers=RETRY)
                     more = message["more_body"]
             return bytes(body)
@@ -197,9 +195,6 @@ class BodyLimit:
         self.shares[owner] += size
         if not self.shares[owner]:
             del self.shares[owner]
-
-    def has_room(self, owner: str) -> bool:
-        return self.pending <= MAX_BODIES and self.shares[owner] <= MAX_SHARE
 
     def check_size(self, size: int) -> None:
         if size > MAX_BODY:

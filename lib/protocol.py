@@ -42,12 +42,10 @@ class Protocol(HttpToolsProtocol):
         self.refused = False
 
     def start(self, timer: str, seconds: float, end: Any) -> None:
-        """Starts a timer that does not run yet."""
         if timer not in self.timers:
             self.timers[timer] = self.loop.call_later(seconds, end)
 
     def stop(self, timer: str) -> None:
-        """Stops a timer, if it runs."""
         if timer in self.timers:
             self.timers.pop(timer).cancel()
 
@@ -60,9 +58,8 @@ class Protocol(HttpToolsProtocol):
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
         self.start("head", HEAD_TIMEOUT, transport.close)
         if len(self.connections) > MAX_CONNECTIONS:
-            connections: Any = self.connections
-            idle = (each for each in connections if each.timeout_keep_alive_task)
-            next(idle, self).transport.close()
+            connections: Any = self.connections  # those that are idle give way
+            next((c for c in connections if c.timeout_keep_alive_task), self).transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self.refused:
@@ -93,8 +90,8 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # uvicorn leaves it to run after a reset
         self.readers.discard(self.transport)
         self.cycle: Any = None  # it refers to this object, so that both would wait for gc
-        for timer in [*self.timers]:
-            self.stop(timer)
+        for timer in self.timers.values():
+            timer.cancel()
 
     # Called by the parser. After an exception it stops, and uvicorn calls send_400_response().
 

@@ -24,5 +24,4 @@ def span_of(statement: Statement) -> AbstractContextManager[object]:
     if not trace.get_current_span().is_recording():
         return nullcontext()
     attributes = {"db.system.name": "postgresql", "db.query.summary": statement.name}
-    kind = trace.SpanKind.CLIENT
-    return tracer.start_as_current_span(statement.name, kind=kind, attributes=attributes)
+    return tracer.start_as_current_span(statement.name, None, trace.SpanKind.CLIENT, attributes)

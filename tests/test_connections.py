@@ -34,17 +34,12 @@ from conftest import (
     token,
     uvicorn,
     wait_for_start,
+    wait_until,
 )
 from lib import serve
 from lib.readers import Readers
 
 parametrize = pytest.mark.parametrize
-needs_wrk = pytest.mark.skipif(
-    subprocess.run(["which", "wrk"], stdout=subprocess.DEVNULL).returncode != 0,
-    reason="wrk is not installed",
-)
-
-
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 LAST = HEALTH + b"Connection: close\r\n\r\n"
 
@@ -271,13 +266,14 @@ def on_fly(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def test_the_log_and_the_limit_know_the_client_that_flys_proxy_names(on_fly: Server) -> None:
     account, policies = {"email": "a@example.com", "password": "wrong"}, set()
+    last = "192.0.2.100"
     with Client(base_url=on_fly.url, timeout=20) as public:
         for n in range(101):  # X-Forwarded-For ends in the application's own address there
             fly = {"X-Forwarded-For": f"192.0.2.{n}, 66.241.125.7", "Fly-Client-IP": f"192.0.2.{n}"}
             answer = public.post("/auth/login", json=account, headers=fly)
             policies.add(answer.headers.get("RateLimit-Policy", "")[:9])
     assert '"address"' not in policies
-    assert [line["client"] for line in on_fly.log() if "client" in line][-1] == "192.0.2.100"
+    wait_until(lambda: [each["client"] for each in on_fly.log() if "client" in each][-1] == last)
 
 
 # Accepting.
@@ -309,32 +305,3 @@ def test_a_burst_of_200_connections_is_accepted_in_30_turns_of_the_loop() -> Non
         return turns
 
     assert uvloop.run(story()) < 30  # 26, and 201 with one socket
-
-
-@needs_wrk
-@pytest.mark.slow
-def test_a_newcomer_is_answered_within_a_second_while_1000_clients_load_the_service(
-    database: str, tmp_path: Path
-) -> None:
-    with serving(database, tmp_path / "log") as server:
-        command = ["wrk", "-c1000", "-d6", "-t1", "--latency", server.url + "/health"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
-            time.sleep(0.5)
-            waits = [seconds_to_answer(server) for _ in range(10)]
-            output = load.communicate()[0]
-    print(output)
-    assert max(waits) < 1 and "Socket errors" not in output
-    assert milliseconds(output, "99%") < 3 * milliseconds(output, "50%")  # 1.5 on a quiet machine
-
-
-def seconds_to_answer(server: Server) -> float:
-    """The time of a request on a connection of its own."""
-    started = time.monotonic()
-    assert get(server.url + "/health").status_code == 200
-    return time.monotonic() - started
-
-
-def milliseconds(output: str, percentile: str) -> float:
-    """A latency that wrk printed."""
-    [(number, unit)] = re.findall(rf"{percentile} +([\d.]+)(us|ms|s)", output)
-    return float(number) * {"us": 0.001, "ms": 1, "s": 1000}[unit]
