@@ -16,9 +16,9 @@ LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 # timeouts and the like, which this service has its own of.
 HARMLESS = re.compile(
     r"((current)?schema|search_path|pgbouncer|supa|workaround|uselibpqcompat|application_?name"
-    r"|charset|encoding|time_?zone|engine|min(_?size)?|max(_?size)?|fetch_types|stringtype|rewrite.*inserts|atomic_requests"
-    r"|.*(pool|cache|timeout|limit|lifetime|idle|_age|health|prepare|alive|echo|overflow|cursor"
-    r"|protocol|exec_mode|binary|async).*)=.*|sslaccept=accept_invalid_certs",
+    r"|charset|encoding|time_?zone|engine|min(_?size)?|max(_?size)?|fetch_types|stringtype"
+    r"|rewrite.*inserts|atomic_requests|.*(pool|cache|timeout|limit|lifetime|idle|_age|health|prepare|alive|echo"
+    r"|overflow|cursor|protocol|exec_mode|binary|async).*)=.*|sslaccept=accept_invalid_certs",
     re.IGNORECASE,
 )
 SEARCH_PATH = re.compile(r"(?:[?&\s]|-c|--)(?:currentSchema|schema|search_path)\s*=\s*([^\s&]+)")
