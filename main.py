@@ -46,7 +46,7 @@ from starlette.middleware import Middleware
 import auth
 import db
 import pgpipeline
-from lib import cors, develop, logs, middleware, openapi, problems, schemas, startup, welcome
+from lib import cors, develop, logs, middleware, openapi, pages, problems, schemas, startup
 from lib.headers import Conditions, IdempotencyKey, IfConditions, next_link, precondition_failed
 from lib.paths import ACCOUNT_ALIASES, LOGIN_BY_TYPE, CanonicalPath, aliases_of, client_path
 from lib.problems import RETRY, HTTPProblem, Unauthorized
@@ -449,7 +449,7 @@ async def ready() -> dict[str, str]:
 @app.get("/", response_model=dict[str, str], tags=["service"])
 async def root(request: Request) -> Response:
     """See where to go from here."""
-    return welcome.respond(request, {"name": "todo", "version": VERSION, "docs": "/docs"})
+    return pages.welcome(request, {"name": "todo", "version": VERSION, "docs": "/docs"})
 
 
 if __name__ == "__main__":

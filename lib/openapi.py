@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from lib import docs
+from lib import pages
 from lib.problems import HTTPProblem, Problem
 
 PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
@@ -41,7 +41,7 @@ class DocumentedAPI(FastAPI):
         options |= {"docs_url": None, "redoc_url": None, "responses": {"4XX": {"model": Problem}}}
         options |= {"servers": [{"url": "/"}], "license_info": {"name": "MIT", "identifier": "MIT"}}
         super().__init__(**options)
-        docs.add_pages(self)
+        pages.add_pages(self)
 
     def openapi(self) -> dict[str, Any]:
         return self.openapi_schema or complete(super().openapi())

@@ -111,15 +111,13 @@ class Function:
         body: dict[str, Any] = {}
         for name, parameter in signature.parameters.items():
             hint, default = parameter.annotation, parameter.default
-            kind, *extras = get_args(hint) if get_origin(hint) is Annotated else [hint]
-            marks = [each for each in extras if isinstance(each, (FieldInfo, params.Depends))]
-            mark: Any
-            [mark] = marks or [params.Path() if name in route.param_convertors else params.Query()]
+            kind, mark = parse(hint, name in route.param_convertors)
             if isinstance(mark, params.Depends):
                 self.needs.append((name, dependency(mark, route)))
             elif kind is Request:
                 self.requests.append(name)
-            elif is_one_of(kind, SINGLE):
+            elif mark:
+                require(is_one_of(kind, SINGLE))
                 require(mark.is_required() and not mark.validate_default)
                 place, alias = PLACES[type(mark)], mark.validation_alias or name
                 names = getattr(alias, "choices", [alias])  # the first that was sent counts
@@ -128,7 +126,7 @@ class Function:
                     require(alias == mark.alias)  # without one, FastAPI turns _ into -
                     self.headers.append((alias.lower().encode(), alias))
             else:
-                require(not marks and not body and is_one_of(kind, (BaseModel, NoneType)))
+                require(is_one_of(kind, (BaseModel, NoneType)) and not body)
                 body[name] = field(hint, default, ["body"])
         self.values, self.body = validator(values), validator(body)
 
@@ -155,6 +153,16 @@ class Function:
 def require(condition: object) -> None:
     if not condition:
         raise TypeError
+
+
+def parse(hint: Any, is_in_path: bool) -> tuple[Any, Any]:
+    """The type of a parameter, and its mark: Query(), Depends() and so on. None for a body."""
+    kind, *extras = get_args(hint) if get_origin(hint) is Annotated else [hint]
+    marks = [each for each in extras if isinstance(each, (FieldInfo, params.Depends))]
+    require(len(marks) <= 1)
+    if not marks and is_one_of(kind, SINGLE):
+        return kind, params.Path() if is_in_path else params.Query()
+    return kind, marks[0] if marks else None
 
 
 def dependency(mark: params.Depends, route: Any) -> Function:

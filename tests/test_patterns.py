@@ -23,10 +23,7 @@ import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 
 HERE = Path(__file__).parent.parent
-AT_START = {
-    HERE / "lib/settings.py",
-    HERE / "lib/database_url.py",
-}  # read only what operators write
+AT_START = {HERE / "lib/settings.py", HERE / "lib/database_url.py"}  # read what operators write
 SECRET = "a secret of the tests, thirty-two bytes and more"
 SIZE = 4096  # bytes of an input
 MOST = 0.005  # seconds of CPU

@@ -145,7 +145,8 @@ PROBES: list[tuple[str, dict[str, Any]]] = [
     ("/guarded", PASS),
 ]  # fmt: skip
 BEYOND: list[Any] = [
-    list[int], datetime, Response, Annotated[str, "x"] | None, Annotated[Item, Query()],
+    list[int], datetime, Response, Annotated[int, Query(), Query()], Annotated[str, "x"] | None,
+    Annotated[Item, Query()],
     Annotated[int, Query(default_factory=int)], Annotated[int, Query(validate_default=True)],
     Annotated[str, params.Cookie()], Annotated[Item, params.Body(embed=True)], header(),
     header(alias="x", validation_alias="y"), Annotated[str, Query(validation_alias=AliasPath("a"))],
