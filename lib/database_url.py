@@ -17,11 +17,14 @@ LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 HARMLESS = re.compile(
     r"((current)?schema|search_path|pgbouncer|supa|workaround|uselibpqcompat|application_?name"
     r"|charset|encoding|time_?zone|engine|min(_?size)?|max(_?size)?|fetch_types|stringtype"
-    r"|rewrite.*inserts|atomic_requests|.*(pool|cache|timeout|limit|lifetime|idle|_age|health|prepare|alive|echo"
-    r"|overflow|cursor|protocol|exec_mode|binary|async).*)=.*|sslaccept=accept_invalid_certs",
+    r"|rewrite.*inserts|atomic_requests|.*(pool|cache|timeout|limit|lifetime|idle|_age|health"
+    r"|prepare|alive|echo|overflow|cursor|protocol|exec_mode|binary|async).*)=.*"
+    r"|sslaccept=accept_invalid_certs",
     re.IGNORECASE,
 )
-SEARCH_PATH = re.compile(r"(?:[?&\s]|-c|--)(?:currentSchema|schema|search_path)\s*=\s*([^\s&]+)")
+SEARCH_PATH = re.compile(
+    r"(?:[?&\s]|-c|--)(?:currentSchema|schema|search_path)\s*=\s*([^\s&]+)", re.IGNORECASE
+)
 SSLMODES = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
 SSLMODES |= {"no-verify": "require"}  # as libpq's require
 DEFAULTS = {"application_name": "todo", "connect_timeout": "3", "keepalives_idle": "30"}

@@ -279,7 +279,7 @@ def test_a_database_url_is_taken_as_people_have_it(given: str) -> None:
         ("https://hunter2.supabase.co", "PostgreSQL"),
         ("postgresql://u:[hunter2]@h/d", "placeholder"),
         ("postgresql://u:****@h/d", "placeholder"), ("postgresql://u:p@h:hunter2/d", "port"),
-        (f"{WORKS}?schema=other", "schema other"), (f"{WORKS}?search_path=other", "schema other"),
+        (f"{WORKS}?Schema=other", "schema other"), (f"{WORKS}?search_path=other", "schema other"),
         (f"{WORKS}?options=-c%20search_path%3Dother", "schema other"),
         (f"{WORKS}?sslmod=x", "sslmod"),
         ("  ", "not set"), ("''", "not set"),
