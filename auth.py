@@ -1,4 +1,4 @@
-"""Identity: settings, tokens, the user of a request, and limits on passwords.
+"""Identity: settings, tokens, the user of a request, and limits on login attempts.
 
 No key serves two algorithms, so no token can choose how a key is used (RFC 8725 section 3.1): HS256
 takes only the secret, the others only the keys behind JWT_JWKS_URL.
@@ -25,15 +25,15 @@ from lib.tokens import Rules, TokenVerifier
 ALGORITHMS = ("EdDSA", "ES256", "RS256")  # of JWT_JWKS_URL
 MAX_TOKEN = 8192  # bytes: a longer token is refused unread
 MAX_USER_ID = 255  # characters, as in schema.sql
-CLOCK_SKEW = 10  # seconds that an issuer's clock may be ahead (iat, nbf); exp gets none
+CLOCK_SKEW = 10  # seconds that an issuer's clock may be ahead (iat, nbf); exp is exact
 TOKEN_LIFETIME = 86_400  # seconds: nobody can take a token back, so it ends after a day
 TOKEN_CACHE_TTL = 60  # seconds: to look a token up takes 1 us, to verify it 34 to 136
 TOKEN_CACHE_SIZE = 10_000  # tokens, of 260 bytes each
 BCRYPT_COST = 12  # 0.24 s of a core
-MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # passwords at a time, and those that wait: for 2.4 s
+MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # hashed at once, and waiting: at most 2.4 s
 ACCOUNT_LIMIT = parse_limit("10/minute")  # passwords and registrations with one e-mail
-ADDRESS_LIMIT = parse_limit("100/minute")  # the same from one IPv4 address or IPv6 /64
-# What settings look like.
+ADDRESS_LIMIT = parse_limit("100/minute")  # from one network: see networks()
+# Patterns. NAME is no bare "https://", and CLAIM is no claim with another meaning.
 URL, REDIS = rf"https?://{HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
 NAME, CLAIM = r"(?!https?:/*$)[^\s,]+", r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+"
 UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -46,8 +46,8 @@ class Settings(BaseSettings):
     jwt_jwks_url: Annotated[str, form(URL, "is not an http or https URL")] = ""
     jwt_issuer: Annotated[str, form(NAME, "is not one `iss` of a token")] = ""
     jwt_audience: Annotated[str, form(NAME, "is not one `aud` of a token")] = ""
-    jwt_user_claim: Annotated[str, form(CLAIM, "is no claim with a user")] = "sub"
-    accounts: Literal["on", "off"] | None = None  # off: somebody else makes the HS256 tokens
+    jwt_user_claim: Annotated[str, form(CLAIM, "cannot name the user")] = "sub"
+    accounts: Literal["on", "off"] | None = None  # None: on if jwt_secret is set; off: verify only
     # Requests of one user, or `off` for any number, and a Redis that counts for several instances.
     rate_limit: Annotated[str, form(rf"{LIMIT}|off", "is not like 600/minute")] = "600/minute"
     rate_limit_storage_uri: Annotated[str, form(REDIS, "is not like redis://host:6379")] = ""
@@ -72,15 +72,15 @@ def check_settings() -> None:
     if not SECRET and not JWKS_URL:
         raise SystemExit("JWT_SECRET, BETTER_AUTH_SECRET or JWT_JWKS_URL has to be set")
     if settings.accounts == "on" and not settings.jwt_secret:
-        raise SystemExit("ACCOUNTS is on, and JWT_SECRET is not set")
+        raise SystemExit("ACCOUNTS is on, but JWT_SECRET is not set")
     if JWKS_URL and not jwt.algorithms.has_crypto:
-        raise SystemExit("JWT_JWKS_URL takes a package more: pip install 'PyJWT[crypto]'")
+        raise SystemExit("JWT_JWKS_URL needs another package: pip install 'PyJWT[crypto]'")
 
 
 # Tokens.
 
 
-# By the SHA-256 of a token its user, and when to verify it again, in seconds since 1970.
+# Maps the SHA-256 of a token to its user and to when to verify it again, in seconds since 1970.
 verified: dict[bytes, tuple[str, float]] = {}
 
 
@@ -92,7 +92,7 @@ async def user_of(token: str) -> str:
     digest, now = hashlib.sha256(token.encode()).digest(), time()
     user_id, until = verified.get(digest, ("", 0.0))
     if until <= now:
-        user_id, expires, outside = await verifier.verify(token)
+        user_id, expires, outside = await verifier.verify(token)  # outside: by a key of the JWKS
         if outside and is_account_id(user_id):
             raise Unauthorized(description="an outside user may not have an account's id")
         if digest not in verified and len(verified) >= TOKEN_CACHE_SIZE:
@@ -107,7 +107,7 @@ def is_account_id(user_id: str) -> bool:
 
 
 def issue_token(user_id: str) -> str:
-    """An HS256 JWT for an account, good for TOKEN_LIFETIME. It has what we ask of others' too."""
+    """An HS256 JWT for an account, valid for TOKEN_LIFETIME, with any `iss` and `aud` required."""
     now = int(time())
     claims = {"sub": user_id, USER_CLAIM: user_id, "iat": now, "exp": now + TOKEN_LIFETIME}
     claims |= {name: value for name, value in (("iss", ISSUER), ("aud", AUDIENCE)) if value}
@@ -133,14 +133,14 @@ class BearerToken(SecurityBase):
             raise Unauthorized(code="not_authenticated")
         scheme, _, token = sent[0].decode("latin-1").partition(" ")
         if len(sent) > 1 or scheme.lower() != "bearer":
-            raise Unauthorized(reason="not one Authorization with Bearer")
+            raise Unauthorized(reason="not exactly one Authorization with Bearer")
         user_id = await user_of(token.lstrip(" "))  # after one space or more: RFC 9110 section 11.4
         state_of(request.scope).user_id = user_id  # kept in lib/state.py for the log
         await limiter.hit("user", USER_LIMIT, user_id)
         return user_id
 
 
-JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # so spelled for Spectral's OWASP rules
+JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # Spectral looks for "RFC8725"
 current_user = BearerToken(
     OAuth2PasswordBearer(tokenUrl="auth/token", description=JWT)
     if ACCOUNTS

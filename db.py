@@ -30,9 +30,9 @@ SHOWN = ["id", "user_id", *WRITABLE, "completed AS is_completed", "created_at", 
 COLUMNS = ", ".join(SHOWN)
 SHAPE = hashlib.sha256(COLUMNS.encode()).hexdigest()[:8]  # in ETags: a new field makes all stale
 PAGE_BYTES = 1_000_000  # of a page of tasks, so that nobody's page fills the memory
-PING_TTL = 5.0  # seconds for which an answer of the database counts as a sign of life
+PING_TTL = 5.0  # seconds: ping() asks only if no answer came within this time
 
-# A formatter would put a line break before the f""" of each statement.
+# A formatter would break the line before each f""".
 # fmt: off
 
 
@@ -57,19 +57,18 @@ async def select_task(user_id: str, task_id: UUID) -> TaskJSON | None:
 
 
 class Page(NamedTuple):
-    """A JSON array of tasks. `last_id` is there when more tasks follow. `is_cut` says that the page
-    ends early, at PAGE_BYTES."""
+    """A JSON array of tasks, the last id if more follow, and whether it was cut at PAGE_BYTES."""
 
     json: bytes
     last_id: str | None
     is_cut: bool
 
 
-# The page begins where the last one ended, by a backward scan of the primary key. So page 100 costs
-# as much as page 1. coalesce() keeps the condition on id a range of that index; OR would not.
-# LIMIT + 1 tells whether more tasks follow. Each task is one line, as JSON has no line break in it.
-# Tasks of control characters are up to 33 KB each, so PostgreSQL cuts what it sends; left() reads
-# all of a text, so it is for long ones only.
+# With `after`, a backward scan of the primary key begins where the last page ended, so page 100
+# costs as much as page 1. coalesce() keeps the condition on id an index range; OR would not.
+# LIMIT + 1 tells whether more tasks follow. row_to_json() escapes line breaks: one line, one task.
+# 1,000 tasks of escaped control characters take 33 MB, so PostgreSQL cuts the text. left() reads
+# the whole text, so CASE keeps it from short ones. string_agg() keeps the subquery's order.
 SELECT_TASKS = Statement("SELECT_TASKS", f"""
 SELECT CASE WHEN octet_length(lines) > {PAGE_BYTES} THEN left(lines, {PAGE_BYTES}) ELSE lines END,
     count
@@ -99,7 +98,7 @@ async def select_tasks(
 
 
 # A known Idempotency-Key makes this an UPDATE that changes nothing, because DO NOTHING returns no
-# row. xmax, the transaction that replaced a row, is 0 in a row that was inserted just now. No row
+# row. xmax is 0 in a new row; ON CONFLICT locks an old one, which sets xmax. No row
 # comes back when the key was used with another body.
 INSERT_TASK = Statement("INSERT_TASK", f"""
 INSERT INTO todo.tasks (user_id, {", ".join(WRITABLE)}, idempotency_key, idempotency_digest)
@@ -139,8 +138,8 @@ async def insert_task(
 
 
 # Fields that were not sent keep their values. No index has these columns, so the update is HOT.
-# now() is when this UPDATE began. One that began later may have been committed first, so updated_at
-# takes the later of the two, and never goes back.
+# now() is when this UPDATE, a transaction of its own, began. A later one may commit first, so
+# updated_at takes the later time and never goes back.
 UPDATE_TASK = Statement("UPDATE_TASK", f"""
 UPDATE todo.tasks
 SET {", ".join(f"{n} = CASE WHEN %(sets_{n})s THEN %({n})s ELSE {n} END" for n in WRITABLE)},
@@ -156,7 +155,7 @@ async def update_task(
     user_id: str, task_id: UUID, changes: dict[str, Value], versions: str | None
 ) -> TaskJSON | None:
     """Changes a task if its version is in `versions`, an int8multirange, or None for any."""
-    if not changes and versions is None:  # a read will do
+    if not changes and versions is None:  # nothing to write, and no version to compare
         return await select_task(user_id, task_id)
     values: dict[str, Value] = {"user_id": user_id, "task_id": task_id, "versions": versions}
     for field in WRITABLE:
@@ -193,12 +192,12 @@ RETURNING id
 
 
 async def delete_task(user_id: str, task_id: UUID, versions: str | None) -> bool:
-    """Deletes a task if its version is in `versions`. False when there was none."""
+    """Deletes a task if its version is in `versions`. False when no row matched."""
     return bool(await fetch(DELETE_TASK, user_id=user_id, task_id=task_id, versions=versions))
 
 
 class Account(NamedTuple):
-    """A user. One of an outside issuer has no e-mail and no password. An answer shows the JSON."""
+    """A user. E-mail and password are None for an outside issuer's. `json` goes to the client."""
 
     id: str
     email: str | None
@@ -206,8 +205,8 @@ class Account(NamedTuple):
     password_hash: bytes | None
 
 
-# A taken e-mail returns no row. An error would have to be told by its constraint's name, and Citus
-# gives each shard's constraint another one.
+# A taken e-mail returns no row. An error could only be recognized by its constraint's name, and
+# that name differs on each shard of Citus.
 INSERT_ACCOUNT = Statement("INSERT_ACCOUNT", """
 INSERT INTO todo.users (email, password_hash)
 VALUES (%(email)s, %(password_hash)s)
@@ -256,7 +255,7 @@ async def update_password(user_id: str, password_hash: str) -> None:
     await fetch(UPDATE_PASSWORD, user_id=user_id, password_hash=password_hash)
 
 
-# The foreign key of tasks deletes those of the user, by the primary key's order.
+# The foreign key also deletes the user's tasks, which it finds by their primary key.
 DELETE_USER = Statement("DELETE_USER", """
 DELETE FROM todo.users
 WHERE id = %(user_id)s
@@ -287,9 +286,9 @@ def conninfo() -> str:
     return connection_string(settings.database_url, schema="todo")
 
 
-# 8 connections at most. A read is bound by our CPU, so few connections with many reads under way
-# on each do. Commits on one connection wait for the disk in turn, so writes get more connections.
-# A write may wait for a lock, and must not hold up the reads behind it, so each kind has a pool.
+# 9 connections at most. Reads are limited by this process's CPU: 3 connections suffice, with up to
+# 16 reads under way on each. Commits on one connection wait for the disk in turn, so writes get 6.
+# A write may wait for a lock and would delay reads behind it, so each kind has its own pool.
 connections = ConnectionPool(conninfo, max_size=9)
 reads = PipelinePool(connections, size=3, depth=16, span=span_of)
 writes = PipelinePool(connections, size=6, depth=4, span=span_of)
@@ -309,7 +308,7 @@ async def stop() -> None:
 
 
 async def fetch(statement: Statement, **values: Value) -> Result:
-    """Runs a statement. Users take turns, and so do the accounts that somebody logs in to."""
+    """Runs a statement. The pool serves tenants in turn: users, and for a login its e-mail."""
     pool = reads if statement.reads_only else writes
     tenant = values.get("user_id") or values.get("email") or ""
     return await pool.execute(statement, values, str(tenant))
@@ -323,9 +322,9 @@ def to_task(result: Result) -> TaskJSON | None:
 
 
 def to_page(lines: bytes, *, has_surplus: bool) -> Page:
-    """A page of tasks, one a line. A surplus task at the end is left out, and so is what is beyond
-    PAGE_BYTES. One task is always less than that, because a request's body is."""
-    is_cut = len(lines) >= PAGE_BYTES  # the statement sends no more characters
+    """A page of tasks, one a line, without a surplus task and what does not fit in PAGE_BYTES.
+    One task always fits, because a task's JSON has 33 KB at most."""
+    is_cut = len(lines) >= PAGE_BYTES  # left() counts characters, so a cut text is this or longer
     if not is_cut and not has_surplus:
         return Page(b"[" + lines + b"]", None, is_cut=False)
     shown = lines[: lines.rindex(b",\n", 0, PAGE_BYTES)]

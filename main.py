@@ -2,8 +2,8 @@
 
     POST   /auth/register             make an account, get its token (public)
     POST   /auth/login                get a token (public)
-    POST   /auth/token                the same by OAuth2 password form (public)
-    POST   /auth/logout               nothing: a token ends by itself (public)
+    POST   /auth/token                get a token by OAuth2 password form (public)
+    POST   /auth/logout               no effect: a token ends by itself (public)
     PUT    /auth/password             change a password
     GET    /auth/me                   the token's user
     DELETE /auth/me                   delete an account and its tasks
@@ -11,12 +11,12 @@
     GET    /tasks                     a page of tasks, newest first
     GET    /tasks/{task_id}           one task
     PUT    /tasks/{task_id}           change the fields sent
-    PATCH  /tasks/{task_id}           the same
+    PATCH  /tasks/{task_id}           like PUT
     DELETE /tasks/{task_id}           delete a task
     PATCH  /tasks/{task_id}/complete  flip `completed`, or set it
-    POST   /tasks/{task_id}/complete  the same
-    PATCH  /tasks/{task_id}/toggle    the same
-    POST   /tasks/{task_id}/toggle    the same
+    POST   /tasks/{task_id}/complete  like PATCH
+    PATCH  /tasks/{task_id}/toggle    like complete
+    POST   /tasks/{task_id}/toggle    like complete
     GET    /health                    the process lives (public)
     GET    /health/ready              the database answers (public)
     GET    /                          name and version (public)
@@ -61,13 +61,13 @@ VERSION = "2.0.0"
 class Settings(BaseSettings):
     cors_origins: str = ""
     client_ip_header: str = Field("X-Forwarded-For", pattern=r"^[\w!#$%&'*+.^`|~-]+$")
-    fastapi_otel_auto_configure: bool = False  # FastAPI reads it too
+    fastapi_otel_auto_configure: bool = False  # sends traces as OTEL_* say
 
 
 settings = Settings.load()
 
-# Schemas. SQLModel serves as pydantic's BaseModel here. No schema is a table: the SQL is in db.py.
-# A value that is refused is answered with the title and the description of its field.
+# Schemas. SQLModel is only a base class here, as pydantic's BaseModel: the SQL is in db.py.
+# The error for a refused value quotes the title and the description of its field.
 
 Title = Annotated[str, Field(
     title="Title", min_length=1, max_length=500, pattern=rf"^[^\x00]*[^{WHITESPACE}][^\x00]*$",
@@ -82,13 +82,13 @@ NAMES_DIFFER = "completed and is_completed differ: send one"
 
 
 class TaskBody(SQLModel):
-    """A body about a task. Unknown fields are ignored, so that nobody can set an owner or an id."""
+    """A body about a task. Unknown fields are ignored, so nobody can set an owner or an id."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def read_either_name(cls, sent: Any) -> Any:
-        """Takes `is_completed` for `completed`. Two values that differ are refused, because clients
-        change one of the names in a task that they have read."""
+        """Takes `is_completed` for `completed`. Refuses values that differ: a client that sends a
+        whole task back may have changed only one of the two."""
         if isinstance(sent, dict) and "is_completed" in sent:
             sent = {"completed": sent["is_completed"], **sent}
             if sent["completed"] != sent["is_completed"]:
@@ -99,7 +99,7 @@ class TaskBody(SQLModel):
 class Toggle(TaskBody):
     """A value to set `completed` to. Without one it is flipped."""
 
-    completed: Completed = NOT_SENT
+    completed: Completed = NOT_SENT  # see exclude_unset
 
 
 class TaskUpdate(TaskBody):
@@ -115,7 +115,7 @@ class TaskCreate(TaskBody):
 
     title: Title
     description: Description = None
-    completed: Completed = Field(default_factory=bool)  # generators require what has a default
+    completed: Completed = Field(default_factory=bool)  # a default in OpenAPI would be required
 
 
 class Task(SQLModel):
@@ -131,7 +131,7 @@ class Task(SQLModel):
     updated_at: datetime
 
 
-# Errors, and what a request passes on its way to a route.
+# Errors: `detail` and `code` in the body, `description` in WWW-Authenticate, `reason` in the log.
 
 task_not_found = partial(HTTPProblem, 404, "Task not found", "task_not_found")  # or another user's
 malformed_id = partial(HTTPProblem, 404, "Task not found: ids are UUIDs", "task_not_found")
@@ -147,19 +147,19 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
     pgpipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
 }  # fmt: skip
 
-# Other names of paths, as public frontends call them (lib/paths.py).
+# Other names of paths: see lib/paths.py.
 ALIASES = [*aliases_of("tasks", "todos", "task", "todo"), *ACCOUNT_ALIASES]
-CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no alias changes these
+CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # these skip the aliases, for speed
 
-# `respond` answers an exception with a problem. It is called by ErrorResponses, or by FastAPI for a
-# route that PreparedRoutes has left to it.
+# `respond` turns an exception into a problem. ErrorResponses calls it, and FastAPI for routes that
+# PreparedRoutes does not serve.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
     title="Todo",
     version=VERSION,
     description="Todos of many users. An error's `detail` is for people, `code` for programs.",
     tags={"accounts": "Users and tokens.", "tasks": "A user's tasks.", "service": "The service."},
-    generate_unique_id_function=lambda r: r.name + "_of_user" * r.path.startswith("/api/"),
+    generate_unique_id_function=lambda r: r.name + ("_of_user" if "{user_id}" in r.path else ""),
     lifespan=startup.lifespan(db.start, db.stop),
     telemetry=telemetry(automatic=settings.fastapi_otel_auto_configure),
     middleware=[  # outermost first
@@ -169,7 +169,7 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.ErrorResponses, respond=respond),
         Middleware(CanonicalPath, aliases=ALIASES, by_type=LOGIN_BY_TYPE, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
-        Middleware(PreparedRoutes),  # calls most routes without FastAPI's work for each request
+        Middleware(PreparedRoutes),  # FastAPI's checks, prepared once; other routes are FastAPI's
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
@@ -196,7 +196,7 @@ async def own_path(owner: Owner, user_id: CurrentUser) -> None:
 async def completed_filter(
     completed: Flag = None, is_completed: Flag = None, status: Status = "all"
 ) -> bool | None:
-    """What `completed` is in the tasks to list, or None for any. It wins over `status`."""
+    """The `completed` of the tasks to list, or None for any. A flag wins over `status`."""
     values = {completed, is_completed} - {None}
     if len(values) > 1:
         raise HTTPProblem(422, NAMES_DIFFER)
@@ -204,7 +204,7 @@ async def completed_filter(
 
 
 def route(method: str, path: str, **options: Any) -> Decorator:
-    """Registers a route at `path` and below /api/{user_id}. Both serve the token's user."""
+    """Registers a route at `path` and under /api/{user_id}. Both act for the token's user."""
     options |= {"methods": [method], "tags": ["tasks"]}
     refusals = openapi.errors(task_not_found()) if "{task_id}" in path else {}
     of_user: Any = {"responses": refusals | openapi.errors(identity_mismatch())}
@@ -310,7 +310,7 @@ def written(task: db.TaskJSON) -> Response:
 
 
 async def refusal(user_id: str, task_id: UUID, conditions: Conditions) -> HTTPProblem:
-    """Why nothing was written: 412 where If-Match or If-None-Match refused a task, or else 404."""
+    """Why `versions` matched no row: 412 if If-Match or If-None-Match refused it, or else 404."""
     if conditions.versions(db.SHAPE) is not None and await db.select_task(user_id, task_id):
         return precondition_failed()
     return task_not_found()
@@ -341,7 +341,7 @@ def token_response(account: db.Account, status: int = 200) -> Response:
 async def log_in(request: Request, email: str, password: str) -> Response:
     await auth.throttle(request, email)
     account = await db.select_account(email)
-    # Without an account it takes as long.
+    # Without an account check() hashes too, so the time does not tell whether there is one.
     matches = await auth.passwords.check(password, account and account.password_hash)
     if account is None or not matches:
         raise wrong_login()
@@ -435,20 +435,20 @@ async def me(user_id: CurrentUser) -> Response:
 
 @app.get("/health", tags=["service"])
 async def health() -> dict[str, str]:
-    """See that the process lives. It asks no database: that would keep Neon awake."""
+    """Check that the process runs. This asks no database, which would keep Neon awake."""
     return {"status": "ok"}
 
 
 @app.get("/health/ready", tags=["service"])
 async def ready() -> dict[str, str]:
-    """See that the database answers, or did in the last 5 seconds."""
+    """Check that the database answers, or did in the last 5 seconds."""
     await db.ping()
     return {"status": "ready"}
 
 
 @app.get("/", response_model=dict[str, str], tags=["service"])
 async def root(request: Request) -> Response:
-    """See where to go from here."""
+    """Name, version, and where the documentation is."""
     return pages.welcome(request, {"name": "todo", "version": VERSION, "docs": "/docs"})
 
 

@@ -1,15 +1,15 @@
--- The tables, for PostgreSQL 14 to 18. The service applies this file when it starts, unless the
--- comment on todo.tasks is its SHA-256; `psql "$DATABASE_URL" -f schema.sql` does it by hand. After
+-- The tables, for PostgreSQL 14 to 18. The service applies this file at its start and then stores
+-- its SHA-256 as the comment on todo.tasks. `psql "$DATABASE_URL" -f schema.sql` works too. After
 -- a change all of it runs again, so each statement has to allow that. CREATE TABLE IF NOT EXISTS
 -- leaves a table that exists as it is: write a change in the table, for new databases, and at the
 -- end of this file, for those that exist. Write each name with its schema, because a search_path
 -- may lead to another application's tables. The limits of the API stand here too, as named
--- constraints, for whatever else writes to the tables. Only their owner may use a new schema.
+-- constraints, for other programs. CREATE SCHEMA IF NOT EXISTS needs CREATE even if it exists.
 DO $$ BEGIN IF to_regnamespace('todo') IS NULL THEN CREATE SCHEMA todo; END IF; END $$;
 
 -- UUID version 7 (RFC 9562 section 5.7) begins with the time, so the primary key of tasks is also
 -- their order. Its digits are 12 of milliseconds, the version, 3 of a fraction of a millisecond
--- (section 6.2, method 3), and the last 16 of a random UUID. PostgreSQL 18's takes 1 us less.
+-- (section 6.2, method 3), and the last 16 of a random UUID. PostgreSQL 18 alone has uuidv7().
 CREATE OR REPLACE FUNCTION todo.uuidv7() RETURNS uuid LANGUAGE sql VOLATILE PARALLEL SAFE
 RETURN overlay(
     lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000 * 4096)::bigint), 15, '0')
@@ -60,8 +60,8 @@ CREATE UNIQUE INDEX IF NOT EXISTS users_email_unique ON todo.users (email);
 
 -- The primary key begins with the owner, and every statement names the owner, so no statement
 -- reaches another user's task, and Citus can shard by user_id. Reads need no other index: "newest
--- first" is a backward scan of this one. One on completed would make each toggle write to indexes.
--- version counts the writes to a task and becomes its ETag, as two writes may share a microsecond.
+-- first" is a backward scan of it. An index on completed would prevent HOT updates (below).
+-- version counts the writes to a task and is its ETag, because two may have one updated_at.
 -- fillfactor leaves 10 % of each page free, so that an updated row stays in its page and no index
 -- has to be written (HOT, a heap-only tuple).
 CREATE TABLE IF NOT EXISTS todo.tasks (
@@ -82,8 +82,8 @@ CREATE TABLE IF NOT EXISTS todo.tasks (
     CONSTRAINT tasks_description_length CHECK (length(description) <= 5000)
 ) WITH (fillfactor = 90);
 
--- A retried POST finds the task of its first attempt here; the digest is of what it sent. Tasks
--- without a key pay nothing. A key lasts as long as its task: deleting the task frees it.
+-- A retried POST finds the task of its first attempt here. The digest is the SHA-256 of its fields.
+-- Tasks without a key are not in this index. Deleting a task frees its key.
 CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency_key ON todo.tasks (user_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 
