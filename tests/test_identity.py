@@ -195,7 +195,7 @@ def test_accounts_take_a_secret_of_their_own(
 
 WRONG_SETTINGS = {
     "JWT_SECRET": ["x" * 31, "x" * 40, "change-me-change-me-change-me-change-me", "é" * 15],
-    "BETTER_AUTH_SECRET": ["your-super-secret-key-of-thirty-two-bytes"],
+    "BETTER_AUTH_SECRET": ["your-super-secret-key-of-thirty-two-bytes", "hunter2"],
     "JWT_JWKS_URL": [
         "issuer.example/jwks", "https://", "file:///etc/passwd", "https://a b/jwks",
         "https://issuer.example:0/jwks", "https://issuer.example:port/jwks", "https:///jwks",

@@ -63,6 +63,28 @@ def test_a_list_of_origins_may_have_quotes_and_line_breaks(given: str) -> None:
     assert options["allow_origins"] == ["https://a.a", "https://b.b"]
 
 
+@parametrize(
+    "given",
+    [
+        "https://app.example/",
+        "app.example",
+        "https://app.example?x",
+        "https://a.example;https://b.example",
+        "localhost:3000",
+        "https://ok.example, https://u@app.example",
+        "https://app.example:99999",
+        "https://*.com",
+        "https://a.*.example.com",
+    ],
+)
+def test_what_no_browser_sends_as_an_origin_is_one_line_that_names_the_setting(given: str) -> None:
+    respond: Any = None
+    with pytest.raises(SystemExit) as raised:
+        cors(given, "CORS_ORIGINS", respond)
+    [line] = str(raised.value).splitlines()
+    assert line.startswith("CORS_ORIGINS ")
+
+
 @parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_a_file_in_utf8_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str
