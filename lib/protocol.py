@@ -89,7 +89,6 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn leaves it to run after a reset
         self.readers.discard(self.transport)
-        self.cycle: Any = None  # it refers to this object, so that both would wait for gc
         for timer in self.timers.values():
             timer.cancel()
 

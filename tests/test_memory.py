@@ -54,7 +54,7 @@ def test_clients_that_leave_in_the_middle_leave_nothing_behind(server: Server, a
             connection.sendall(requests[n % len(requests)])
 
     with ThreadPoolExecutor(32) as pool:
-        list(pool.map(leave, range(2000)))
+        list(pool.map(leave, range(10_000)))  # the heap grows to what 32 at once take
         wait_until(lambda: len(process.net_connections()) < 50)
         before = memory(server)
         list(pool.map(leave, range(10_000)))
