@@ -74,12 +74,8 @@ class KeySet:
 
     def get(self, kid: str | None, alg: str, refused: jwt.PyJWK | None) -> jwt.PyJWK | None:
         """As find(), among the keys that are known."""
-        if kid is None:
-            keys = [key for (_, its_alg), key in self.keys.items() if its_alg == alg]
-            key = keys[0] if len(keys) == 1 else None
-        else:
-            key = self.keys.get((kid, alg))
-        return None if key is refused else key
+        keys = [self.keys[its] for its in self.keys if its[1] == alg and kid in (None, its[0])]
+        return keys[0] if len(keys) == 1 and keys[0] is not refused else None
 
     async def fetch(self) -> None:
         """Replaces the keys. While an issuer does not answer, or not with a set, the old stay."""
@@ -97,10 +93,9 @@ class KeySet:
             log.warning("JWKS has no key for %s", ", ".join(self.algorithms))
 
     def start_download(self) -> asyncio.Future[bytes]:
-        """Downloads in a daemon thread.
+        """Downloads in a daemon thread, because others hold up the end of the process.
 
-        urllib waits for ever for an answer that comes byte by byte. A thread that does so must not
-        hold up the end of the process, as one of asyncio's or anyio's would.
+        urllib waits for ever for an answer that comes byte by byte.
         """
         if self.downloading and not self.downloading.done():
             raise TimeoutError("no answer to an earlier request")

@@ -130,10 +130,7 @@ def networks(address: str) -> list[str]:
 
 def too_many_requests(name: str, limit: Limit, seconds: int) -> HTTPProblem:
     """429 with Retry-After, and the fields of draft-ietf-httpapi-ratelimit-headers-10."""
-    headers = {
-        "RateLimit-Policy": f'"{name}";q={limit.amount};w={limit.seconds}',
-        "RateLimit": f'"{name}";r=0;t={seconds}',
-        "Retry-After": str(seconds),
-    }
+    headers = {"RateLimit-Policy": f'"{name}";q={limit.amount};w={limit.seconds}'}
+    headers |= {"RateLimit": f'"{name}";r=0;t={seconds}', "Retry-After": str(seconds)}
     text = f"Too many attempts: try again in {seconds} second{'s' if seconds > 1 else ''}"
     return HTTPProblem(429, text, headers=headers)
