@@ -40,6 +40,12 @@ from lib import serve
 from lib.readers import Readers
 
 parametrize = pytest.mark.parametrize
+needs_wrk = pytest.mark.skipif(
+    subprocess.run(["which", "wrk"], stdout=subprocess.DEVNULL).returncode != 0,
+    reason="wrk is not installed",
+)
+
+
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 LAST = HEALTH + b"Connection: close\r\n\r\n"
 
@@ -287,7 +293,7 @@ class Accepted(asyncio.Protocol):
         transport.close()
 
 
-def test_a_burst_of_200_connections_is_accepted_in_30_turns_of_the_loop() -> None:
+def test_a_burst_of_200_connections_is_accepted_in_15_turns_of_the_loop() -> None:
     async def story() -> int:
         loop, listener = asyncio.get_running_loop(), socket.create_server(("127.0.0.1", 0))
         sockets = serve.duplicates(listener)
@@ -304,4 +310,33 @@ def test_a_burst_of_200_connections_is_accepted_in_30_turns_of_the_loop() -> Non
         await asyncio.sleep(0.1)
         return turns
 
-    assert uvloop.run(story()) < 30  # 26, and 201 with one socket
+    assert uvloop.run(story()) <= 15  # 14, and 201 with one socket
+
+
+@needs_wrk
+@pytest.mark.slow
+def test_a_newcomer_is_answered_within_a_second_while_1000_clients_load_the_service(
+    database: str, tmp_path: Path
+) -> None:
+    with serving(database, tmp_path / "log") as server:
+        command = ["wrk", "-c1000", "-d6", "-t1", "--latency", server.url + "/health"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
+            time.sleep(0.5)
+            waits = [seconds_to_answer(server) for _ in range(10)]
+            output = load.communicate()[0]
+    print(output)
+    assert max(waits) < 1 and "Socket errors" not in output
+    assert milliseconds(output, "99%") < 3 * milliseconds(output, "50%")  # 1.5 on a quiet machine
+
+
+def seconds_to_answer(server: Server) -> float:
+    """The time of a request on a connection of its own."""
+    started = time.monotonic()
+    assert get(server.url + "/health").status_code == 200
+    return time.monotonic() - started
+
+
+def milliseconds(output: str, percentile: str) -> float:
+    """A latency that wrk printed."""
+    [(number, unit)] = re.findall(rf"{percentile} +([\d.]+)(us|ms|s)", output)
+    return float(number) * {"us": 0.001, "ms": 1, "s": 1000}[unit]
