@@ -169,7 +169,7 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.ErrorResponses, respond=respond),
         Middleware(CanonicalPath, aliases=ALIASES, by_type=LOGIN_BY_TYPE, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
-        Middleware(PreparedRoutes),  # FastAPI's checks, prepared once; other routes are FastAPI's
+        Middleware(PreparedRoutes),  # FastAPI's checks, prepared once
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
