@@ -61,7 +61,7 @@ VERSION = "2.0.0"
 class Settings(BaseSettings):
     cors_origins: str = ""
     client_ip_header: str = Field("X-Forwarded-For", pattern=r"^[\w!#$%&'*+.^`|~-]+$")
-    fastapi_otel_auto_configure: bool = False  # sends traces as OTEL_* say
+    fastapi_otel_auto_configure: bool = False  # traces as OTEL_* say
 
 
 settings = Settings.load()
@@ -99,7 +99,7 @@ class TaskBody(SQLModel):
 class Toggle(TaskBody):
     """A value to set `completed` to. Without one it is flipped."""
 
-    completed: Completed = NOT_SENT  # see exclude_unset
+    completed: Completed = NOT_SENT
 
 
 class TaskUpdate(TaskBody):
