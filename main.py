@@ -115,7 +115,7 @@ class TaskCreate(TaskBody):
 
     title: Title
     description: Description = None
-    completed: Completed = Field(default_factory=bool)  # a default in OpenAPI would be required
+    completed: Completed = Field(default_factory=bool)  # no default in OpenAPI
 
 
 class Task(SQLModel):
