@@ -32,7 +32,7 @@ TOKEN_CACHE_SIZE = 10_000  # tokens, of 260 bytes each
 BCRYPT_COST = 12  # 0.24 s of a core
 MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # hashed at once, and waiting: at most 2.4 s
 ACCOUNT_LIMIT = parse_limit("10/minute")  # passwords and registrations with one e-mail
-ADDRESS_LIMIT = parse_limit("100/minute")  # from one network: see networks()
+ADDRESS_LIMIT = parse_limit("100/minute")  # from one IPv4 address or IPv6 /64
 # Patterns. NAME is no bare "https://", and CLAIM is no claim with another meaning.
 URL, REDIS = rf"https?://{HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
 NAME, CLAIM = r"(?!https?:/*$)[^\s,]+", r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+"
@@ -92,8 +92,8 @@ async def user_of(token: str) -> str:
     digest, now = hashlib.sha256(token.encode()).digest(), time()
     user_id, until = verified.get(digest, ("", 0.0))
     if until <= now:
-        user_id, expires, outside = await verifier.verify(token)  # outside: by a key of the JWKS
-        if outside and is_account_id(user_id):
+        user_id, expires, by_jwks = await verifier.verify(token)
+        if by_jwks and is_account_id(user_id):
             raise Unauthorized(description="an outside user may not have an account's id")
         if digest not in verified and len(verified) >= TOKEN_CACHE_SIZE:
             del verified[next(iter(verified))]  # the first seen
@@ -107,7 +107,7 @@ def is_account_id(user_id: str) -> bool:
 
 
 def issue_token(user_id: str) -> str:
-    """An HS256 JWT for an account, valid for TOKEN_LIFETIME, with any `iss` and `aud` required."""
+    """An HS256 JWT for an account, valid for TOKEN_LIFETIME, with the `iss` and `aud` if set."""
     now = int(time())
     claims = {"sub": user_id, USER_CLAIM: user_id, "iat": now, "exp": now + TOKEN_LIFETIME}
     claims |= {name: value for name, value in (("iss", ISSUER), ("aud", AUDIENCE)) if value}
@@ -140,7 +140,7 @@ class BearerToken(SecurityBase):
         return user_id
 
 
-JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # Spectral looks for "RFC8725"
+JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # a linter looks for "RFC8725"
 current_user = BearerToken(
     OAuth2PasswordBearer(tokenUrl="auth/token", description=JWT)
     if ACCOUNTS

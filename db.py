@@ -1,6 +1,6 @@
 """The SQL of the service: each statement above the function that runs it.
 
-A task comes back as JSON, and the client gets those bytes. "No such row" is None here. A function
+A task comes back as JSON, written as row_to_json() does. "No such row" is None here. A function
 may raise pgpipeline's Unavailable, which main.py answers with 503. One that writes may also raise
 InvalidValue (422). The values in a row are bytes.
 """
@@ -324,7 +324,7 @@ def to_task(result: Result) -> TaskJSON | None:
 def to_page(lines: bytes, *, has_surplus: bool) -> Page:
     """A page of tasks, one a line, without a surplus task and what does not fit in PAGE_BYTES.
     One task always fits, because a task's JSON has 33 KB at most."""
-    is_cut = len(lines) >= PAGE_BYTES  # left() counts characters, so a cut text is this or longer
+    is_cut = len(lines) >= PAGE_BYTES  # left() counts characters, of one byte or more each
     if not is_cut and not has_surplus:
         return Page(b"[" + lines + b"]", None, is_cut=False)
     shown = lines[: lines.rindex(b",\n", 0, PAGE_BYTES)]

@@ -66,7 +66,7 @@ class Settings(BaseSettings):
 
 settings = Settings.load()
 
-# Schemas. SQLModel is only a base class here, as pydantic's BaseModel: the SQL is in db.py.
+# Schemas. SQLModel is used like pydantic's BaseModel, without tables: the SQL is in db.py.
 # The error for a refused value quotes the title and the description of its field.
 
 Title = Annotated[str, Field(
@@ -115,7 +115,7 @@ class TaskCreate(TaskBody):
 
     title: Title
     description: Description = None
-    completed: Completed = Field(default_factory=bool)  # no default in OpenAPI
+    completed: Completed = Field(default_factory=bool)  # False, not in OpenAPI
 
 
 class Task(SQLModel):
@@ -147,12 +147,12 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
     pgpipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
 }  # fmt: skip
 
-# Other names of paths: see lib/paths.py.
+# Other names of paths, like /tasks/create: see lib/paths.py.
 ALIASES = [*aliases_of("tasks", "todos", "task", "todo"), *ACCOUNT_ALIASES]
 CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # these skip the aliases, for speed
 
-# `respond` turns an exception into a problem. ErrorResponses calls it, and FastAPI for routes that
-# PreparedRoutes does not serve.
+# `respond` makes a problem of an exception, for ErrorResponses and FastAPI. FastAPI serves what
+# PreparedRoutes cannot.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
     title="Todo",
@@ -163,7 +163,7 @@ app = openapi.DocumentedAPI(
     lifespan=startup.lifespan(db.start, db.stop),
     telemetry=telemetry(automatic=settings.fastapi_otel_auto_configure),
     middleware=[  # outermost first
-        Middleware(middleware.ClientAddress, header=settings.client_ip_header),  # behind a proxy
+        Middleware(middleware.ClientAddress, header=settings.client_ip_header),  # a proxy's only
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
         Middleware(middleware.ErrorResponses, respond=respond),
@@ -325,10 +325,10 @@ no_account = partial(HTTPProblem, 404, "This user has no account here", "account
 too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")
 
 
-def account_route(path: str, refusal: HTTPProblem, status: int = 200) -> Decorator:
+def account_route(path: str, error: HTTPProblem, status: int = 200) -> Decorator:
     """Registers a route that gives a token, if ACCOUNTS is on."""
     options: Any = {"response_model": schemas.AccessToken, "tags": ["accounts"]}
-    options |= {"status_code": status, "responses": openapi.errors(refusal, too_many)}
+    options |= {"status_code": status, "responses": openapi.errors(error, too_many)}
     return app.post(path, **options) if auth.ACCOUNTS else lambda endpoint: endpoint
 
 

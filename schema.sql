@@ -4,7 +4,7 @@
 -- leaves a table that exists as it is: write a change in the table, for new databases, and at the
 -- end of this file, for those that exist. Write each name with its schema, because a search_path
 -- may lead to another application's tables. The limits of the API stand here too, as named
--- constraints, for other programs. CREATE SCHEMA IF NOT EXISTS needs CREATE even if it exists.
+-- constraints, for other programs. CREATE SCHEMA IF NOT EXISTS always needs the privilege.
 DO $$ BEGIN IF to_regnamespace('todo') IS NULL THEN CREATE SCHEMA todo; END IF; END $$;
 
 -- UUID version 7 (RFC 9562 section 5.7) begins with the time, so the primary key of tasks is also
@@ -16,9 +16,9 @@ RETURN overlay(
     || substring(gen_random_uuid()::text FROM 20) PLACING '7' FROM 13 FOR 0
 )::uuid;
 
--- Releases 1.0 and 1.1 had their tables in public. They move here once, and are told from those of
--- another application by a column and a foreign key. E-mails get the spelling that auth.py looks
--- for: in locale C lower() leaves accents, so it gets another collation. Of two e-mails that become
+-- New databases skip this: it moves the tables of releases 1.0 and 1.1 from public, told from those
+-- of another application by a column and a foreign key. E-mails get the spelling that auth.py looks
+-- for: in locale C lower() leaves "E acute" as it is, so it gets another collation. Of two e-mails that become
 -- one, the one that is spelled so keeps it, or else the older account gets it.
 DO $move$ BEGIN
     PERFORM FROM pg_constraint
