@@ -18,7 +18,7 @@ RETURN overlay(
 
 -- New databases skip this: it moves the tables of releases 1.0 and 1.1 from public, told from those
 -- of another application by a column and a foreign key. E-mails get the spelling that auth.py looks
--- for: in locale C lower() leaves "E acute" as it is, so it gets another collation. Of two e-mails that become
+-- for: in locale C lower() leaves E acute, so it gets another collation. Of two e-mails that become
 -- one, the one that is spelled so keeps it, or else the older account gets it.
 DO $move$ BEGIN
     PERFORM FROM pg_constraint

@@ -1421,6 +1421,8 @@ TOLD = [
     ({"user_id": 7}, "claim user_id is not a text"),
     ({"user_id": "a\nb"}, "claim user_id is not a text"),
     ({"exp": "tomorrow"}, "claim exp is not a number"),
+    ({"exp": []}, "claim exp is not a number"),
+    ({"nbf": ""}, "claim nbf is not a number"),
     ({"exp": LATER * 1000}, "claim exp is not a number of seconds"),
     ({"iat": "9"}, "claim iat is not a number"),
     ({"nbf": True}, "claim nbf is not a number"),

@@ -62,7 +62,7 @@ def cors(origins: str, setting: str, respond: Respond) -> Middleware:
         example = "https://app.example.com or https://*.example.com"
         raise SystemExit(f"{setting} takes origins like {example}, no / at the end") from None
     wild = [re.escape(each) for each in allowed if "*" in each and each != "*"]
-    options: dict[str, Any] = {"allow_origins": allowed, "allow_credentials": True}
+    options: dict[str, Any] = {"allow_origins": allowed, "allow_credentials": "*" not in allowed}
     options |= {"allow_methods": METHODS, "allow_headers": ["*"], "expose_headers": EXPOSED}
     options["allow_origin_regex"] = "|".join(wild).replace(r"\*", "[a-z0-9-]+") or None
     return Middleware(CORS, setting=setting, respond=respond, options=options)

@@ -70,11 +70,15 @@ def uri_for_libpq(text: str) -> str:
     kept = []
     for each in query.split("&"):
         name, _, value = each.partition("=")
-        if name in ("ssl", "sslmode"):
+        if name == "sslmode" or (name == "ssl" and "sslmode=" not in query):
             kept.append(f"sslmode={SSLMODES.get(value, value)}")
+        elif name == "ssl":
+            continue  # the other driver's word, beside libpq's
         elif name in LIBPQ:
             kept.append(each)
         elif each and not HARMLESS.fullmatch(each):
+            if "=" not in each:  # a part of a password with & in it
+                raise SystemExit(f"{MALFORMED}, and & as %26")
             text = "DATABASE_URL has a parameter unknown to PostgreSQL, remove it"
             raise SystemExit(f"{text}: {name}")
     return f"postgresql://{user}{at}{host}?{'&'.join(kept)}"

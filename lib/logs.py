@@ -66,7 +66,10 @@ class JsonHandler(logging.Handler):
     """Of an exception it keeps the type and the places: the message may repeat what a user sent."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        fields: dict[str, Any] = {"message": record.getMessage(), "logger": record.name}
+        try:
+            fields: dict[str, Any] = {"message": record.getMessage(), "logger": record.name}
+        except Exception:  # a library's call has other arguments than its message asks for
+            fields = {"message": str(record.msg), "logger": record.name}
         if record.exc_info and record.exc_info[1]:
             frames = traceback.extract_tb(record.exc_info[2])
             fields["exception"] = type(record.exc_info[1]).__name__

@@ -70,7 +70,8 @@ class RequestLog:
         request_id = headers.get(b"x-request-id", b"")
         if not PLAIN_ID.fullmatch(request_id):
             request_id = b"%032x" % random.getrandbits(128)
-        has_body = b"content-length" in headers or b"transfer-encoding" in headers
+        length = headers.get(b"content-length", b"0")
+        has_body = length != b"0" or b"transfer-encoding" in headers
         address = scope["client"][0][:MAX_ADDRESS] if scope["client"] else ""
         state = RequestState(headers, request_id.decode(), address, None if has_body else b"")
         scope["state"]["request"] = state

@@ -8,6 +8,8 @@ await passwords.check("correct horse", stored)  # True
 import base64
 import hashlib
 import unicodedata
+from collections.abc import Callable
+from typing import Any
 
 import anyio.to_thread
 import bcrypt
@@ -22,19 +24,28 @@ class Passwords:
 
     def __init__(self, cost: int, max_concurrent: int, max_waiting: int) -> None:
         self.cost, self.max_waiting = cost, max_waiting
-        self.limiter = anyio.CapacityLimiter(max_concurrent)
+        self.limiter, self.waiting = anyio.CapacityLimiter(max_concurrent), 0
         # Compared with where there is no hash, so that this takes as long as a wrong password.
         self.dummy = b"$2b$%02d$" % cost + b"." * 53
 
     def refuse_if_busy(self) -> None:
         """Raises HTTPProblem(503) when too many passwords wait."""
-        if self.limiter.statistics().tasks_waiting >= self.max_waiting:
+        if self.waiting >= self.max_waiting + self.limiter.total_tokens:
             raise HTTPProblem(503, "Too many logins at once", headers={"Retry-After": "3"})
+
+    async def run(self, function: Callable[..., Any], *arguments: bytes) -> Any:
+        """Runs a function of bcrypt in a thread. Raises HTTPProblem(503) when too many wait."""
+        self.refuse_if_busy()
+        self.waiting += 1  # at once: others come before the thread has begun
+        try:
+            return await anyio.to_thread.run_sync(function, *arguments, limiter=self.limiter)
+        finally:
+            self.waiting -= 1
 
     async def hash(self, password: str) -> str:
         """The hash of a password of any length, in Unicode's form NFC (RFC 8265 section 4.2.2)."""
         secret, salt = for_bcrypt(unicodedata.normalize("NFC", password)), bcrypt.gensalt(self.cost)
-        hashed = await anyio.to_thread.run_sync(bcrypt.hashpw, secret, salt, limiter=self.limiter)
+        hashed: bytes = await self.run(bcrypt.hashpw, secret, salt)
         return hashed.decode()
 
     async def check(self, password: str, stored: bytes | None) -> bool:
@@ -44,10 +55,8 @@ class Passwords:
         """
         hashed, matches = stored or self.dummy, False
         for text in dict.fromkeys([unicodedata.normalize("NFC", password), password]):
-            matches = matches or await anyio.to_thread.run_sync(
-                bcrypt.checkpw, for_bcrypt(text), hashed, limiter=self.limiter
-            )
-        return matches and stored is not None
+            matches = matches or await self.run(bcrypt.checkpw, for_bcrypt(text), hashed)
+        return bool(matches) and stored is not None
 
 
 def for_bcrypt(text: str) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from lib.ratelimit import networks
 from lib.readers import Readers
 
 # Open connections, of 7 KB each. 64 file descriptors are left for everything else.
@@ -56,10 +57,20 @@ class Protocol(HttpToolsProtocol):
         transport.set_write_buffer_limits(UNREAD)
         peer = transport.get_extra_info("socket")
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
-        self.start("head", HEAD_TIMEOUT, transport.close)
+        self.start("head", HEAD_TIMEOUT, self.end)
         if len(self.connections) > MAX_CONNECTIONS:
             connections: Any = self.connections  # those that are idle give way
-            next((c for c in connections if c.timeout_keep_alive_task), self).transport.close()
+            idle = (each for each in connections if each.timeout_keep_alive_task)
+            next((each for each in idle if not each.transport.is_closing()), self).end()
+
+    def end(self) -> None:
+        """Closes the connection when its client has taken what was sent, or after READ_TIMEOUT."""
+        self.transport.close()
+        self.start("read", READ_TIMEOUT, self.transport.abort)
+
+    def timeout_keep_alive_handler(self) -> None:
+        if not self.transport.is_closing():
+            self.end()
 
     def data_received(self, data: bytes) -> None:
         if self.refused:
@@ -72,17 +83,19 @@ class Protocol(HttpToolsProtocol):
         if self.unparsed > MAX_HEAD and not self.refused:
             self.refuse(431)
         elif self.cycle is None or self.cycle.response_complete:
-            self.start("head", HEAD_TIMEOUT, self.transport.close)
+            self.start("head", HEAD_TIMEOUT, self.end)
 
     def pause_writing(self) -> None:
         super().pause_writing()
         state = self.scope["state"].get("request")
         self.start("read", READ_TIMEOUT, self.transport.abort)
-        self.readers.add(self.transport, state.user_id or state.client if state else "")
+        client = state.user_id or networks(state.client)[0] if state else ""
+        self.readers.add(self.transport, client)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.stop("read")
+        if not self.transport.is_closing():  # otherwise the rest has to be taken in time as well
+            self.stop("read")
         self.readers.discard(self.transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -129,7 +142,7 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():  # it closes when the client has taken the response
             self.start("read", READ_TIMEOUT, self.transport.abort)
         elif self.scope is not self.cycle.scope:  # the next head has begun
-            self.start("head", HEAD_TIMEOUT, self.transport.close)
+            self.start("head", HEAD_TIMEOUT, self.end)
 
     # Refusals.
 

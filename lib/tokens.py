@@ -90,7 +90,9 @@ class TokenVerifier:
         now = time()
         for name in ("exp", "nbf", "iat"):
             # True is an int. JavaScript's milliseconds would make a token good for 50,000 years.
-            value = claims.get(name) or 0
+            value = claims.get(name)
+            if value is None:
+                continue
             if type(value) not in (int, float) or not 0 <= value < 1e12:
                 text = f"the claim {name} is not a number of seconds since 1970"
                 raise Unauthorized(description=text)

@@ -270,6 +270,13 @@ def test_a_database_url_is_taken_as_people_have_it(given: str) -> None:
     assert found["client_encoding"] == "utf8"
 
 
+@parametrize("other", ["ssl=true", "ssl=0"])
+def test_another_drivers_word_for_tls_does_not_weaken_sslmode(other: str) -> None:
+    for query in (f"sslmode=verify-full&{other}", f"{other}&sslmode=verify-full"):
+        found = conninfo_to_dict(connection_string(f"{WORKS}?{query}", "todo"))
+        assert found["sslmode"] == "verify-full"
+
+
 @parametrize(
     ("given", "named"),
     [
@@ -281,7 +288,7 @@ def test_a_database_url_is_taken_as_people_have_it(given: str) -> None:
         ("postgresql://u:****@h/d", "placeholder"), ("postgresql://u:p@h:hunter2/d", "port"),
         (f"{WORKS}?Schema=other", "schema other"), (f"{WORKS}?search_path=other", "schema other"),
         (f"{WORKS}?options=-c%20search_path%3Dother", "schema other"),
-        (f"{WORKS}?sslmod=x", "sslmod"),
+        (f"{WORKS}?sslmod=x", "sslmod"), (f"{WORKS}?password=ab&hunter2", "%26"),
         ("  ", "not set"), ("''", "not set"),
     ],
 )  # fmt: skip

@@ -27,6 +27,7 @@ from fastapi import Request
 from conftest import HERE, NOBODYS_ID, SECRET, SETTINGS, Issuer, Redis, outside
 from lib import ratelimit
 from lib.jwks import KeySet
+from lib.passwords import Passwords
 from lib.problems import HTTPProblem, Unauthorized
 from lib.ratelimit import Limit, RateLimiter, parse_limit
 from lib.state import RequestState
@@ -310,12 +311,20 @@ def attempt(email: str, address: str = "192.0.2.1") -> str:
 
 
 def test_beyond_twenty_passwords_that_wait_a_login_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting = SimpleNamespace(tasks_waiting=19)
-    limiter = SimpleNamespace(statistics=lambda: waiting)
-    monkeypatch.setattr(auth.passwords, "limiter", limiter)
+    monkeypatch.setattr(auth.passwords, "waiting", 21)  # two of them are hashed
     assert attempt("a@example.com") == "ok"
-    waiting.tasks_waiting = 20
+    monkeypatch.setattr(auth.passwords, "waiting", 22)
     assert attempt("a@example.com") == "503"
+
+
+def test_of_logins_at_once_no_more_than_twenty_wait() -> None:
+    async def hash_many() -> list[Any]:
+        hashes = Passwords(4, 2, 20)
+        calls = [hashes.hash("correct horse") for _ in range(100)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(hash_many())
+    assert [type(each) for each in answers].count(HTTPProblem) == 78
 
 
 def test_an_account_has_ten_attempts_a_minute_from_wherever() -> None:
