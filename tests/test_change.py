@@ -64,7 +64,7 @@ ROUTE: Places = [
         "    GET    /tasks/count\n    GET    /tasks/{task_id}",
     ),
 ]
-ERRORS = "# Errors, and what a request passes"
+ERRORS = "# Errors: `detail` and `code`"
 TASKS = "class Tasks(SQLModel):\n    tasks: list[Task]\n\n\n"
 ENVELOPE: Places = [
     ("main.py", ERRORS, TASKS + ERRORS),
