@@ -252,7 +252,8 @@ class Pipeline:
         """
         now, connections = monotonic(), self.pool.connections
         is_wanted = connections.get_stats()["requests_waiting"]
-        if self.is_active and (not self.sent or is_wanted or now - self.active_since > MAX_HOLD):
+        is_idle = not self.sent and now - max(self.waiting_since, self.active_since) > SLOW
+        if self.is_active and (is_idle or is_wanted or now - self.active_since > MAX_HOLD):
             self.state = State.DRAINING
         if not self.is_silent(now):
             return
