@@ -351,6 +351,24 @@ def connect(server: Server, seconds: float = 20) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.port), timeout=seconds)
 
 
+def request_bytes(
+    line: bytes, authorization: bytes, body: bytes, length: int | None = None
+) -> bytes:
+    """The bytes of a request, which may announce a longer body than it has."""
+    size = str(len(body) if length is None else length).encode()
+    head = (
+        line
+        + b" HTTP/1.1\r\nHost: x\r\nAuthorization: "
+        + authorization
+        + b"\r\nContent-Type: application/json\r\n"
+    )
+    return head + (b"Content-Length: " + size + b"\r\n\r\n" if size != b"0" else b"\r\n") + body
+
+
+def upload(user: str, length: int) -> bytes:
+    return request_bytes(b"POST /tasks", b"Bearer " + token(user).encode(), b"", length)
+
+
 def raw(server: Server, request: bytes, seconds: float = 30) -> bytes:
     """Sends bytes as they are. Gives what comes back until the connection is closed or silent."""
     with connect(server, seconds) as connection:

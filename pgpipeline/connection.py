@@ -1,7 +1,6 @@
 """Connections in libpq's pipeline mode, and psycopg's pool that opens and replaces them."""
 
 import asyncio
-import logging
 from time import monotonic, time
 from typing import Any
 
@@ -12,8 +11,6 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 MAX_IDLE = 15.0  # seconds after which an idle connection is tested before it is used
 TEST_TIMEOUT = 1.0  # seconds for the answer to that test
 MAX_ROUND_TRIP = 0.4  # seconds: what took longer was waiting, not distance
-
-log = logging.getLogger("pgpipeline")
 
 
 class Connection(psycopg.AsyncConnection[Any]):

@@ -34,9 +34,11 @@ from conftest import (
     free_port,
     get,
     raw,
+    request_bytes,
     serving,
     serving_by_procfile,
     token,
+    upload,
     uvicorn,
     wait_until,
 )
@@ -115,22 +117,6 @@ def timed(call: Callable[[], Response]) -> tuple[int, float]:
     return call().status_code, time.monotonic() - started
 
 
-def request(line: bytes, authorization: bytes, body: bytes, length: int | None = None) -> bytes:
-    """The bytes of a request, which may announce a longer body than it has."""
-    size = str(len(body) if length is None else length).encode()
-    head = (
-        line
-        + b" HTTP/1.1\r\nHost: x\r\nAuthorization: "
-        + authorization
-        + b"\r\nContent-Type: application/json\r\n"
-    )
-    return head + (b"Content-Length: " + size + b"\r\n\r\n" if size != b"0" else b"\r\n") + body
-
-
-def upload(user: str, length: int) -> bytes:
-    return request(b"POST /tasks", b"Bearer " + token(user).encode(), b"", length)
-
-
 # The database.
 
 
@@ -166,8 +152,8 @@ def test_a_frozen_database_is_503_by_the_deadline_and_holds_up_nothing_else(
 ) -> None:
     path = "/tasks/" + api.post("/tasks", json={"title": "x"}).json()["id"]
     authorization = api.headers["Authorization"].encode()
-    read = request(b"GET /tasks", authorization, b"")
-    write = request(b"POST /tasks", authorization, b'{"title":"x"}')
+    read = request_bytes(b"GET /tasks", authorization, b"")
+    write = request_bytes(b"POST /tasks", authorization, b'{"title":"x"}')
     waiting = [connect(server) for _ in range(300)]
     with database.frozen():
         started = time.monotonic()
@@ -385,7 +371,7 @@ def test_sigterm_lets_requests_finish_and_ends_within_ten_seconds(
 def test_beyond_the_queue_it_is_503_at_once(
     database: Database, server: Server, api: Client
 ) -> None:
-    asked = request(b"GET /tasks", api.headers["Authorization"].encode(), b"")
+    asked = request_bytes(b"GET /tasks", api.headers["Authorization"].encode(), b"")
     api.get("/tasks")
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -410,7 +396,7 @@ def test_clients_that_leave_while_their_requests_wait_are_no_failure(
 ) -> None:
     task = api.post("/tasks", json={"title": "x"}).json()
     line, authorization = f"PATCH /tasks/{task['id']}/toggle", api.headers["Authorization"]
-    toggle = request(line.encode(), authorization.encode(), b"")
+    toggle = request_bytes(line.encode(), authorization.encode(), b"")
     waiting = [connect(server) for _ in range(200)]
     with database.frozen():
         for connection in waiting:

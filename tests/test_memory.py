@@ -19,6 +19,7 @@ from conftest import (
     memory,
     serving,
     token,
+    upload,
     wait_until,
 )
 
@@ -26,22 +27,6 @@ parametrize = pytest.mark.parametrize
 
 
 pytestmark = pytest.mark.slow
-
-
-def request(line: bytes, authorization: bytes, body: bytes, length: int | None = None) -> bytes:
-    """The bytes of a request, which may announce a longer body than it has."""
-    size = str(len(body) if length is None else length).encode()
-    head = (
-        line
-        + b" HTTP/1.1\r\nHost: x\r\nAuthorization: "
-        + authorization
-        + b"\r\nContent-Type: application/json\r\n"
-    )
-    return head + (b"Content-Length: " + size + b"\r\n\r\n" if size != b"0" else b"\r\n") + body
-
-
-def upload(user: str, length: int) -> bytes:
-    return request(b"POST /tasks", b"Bearer " + token(user).encode(), b"", length)
 
 
 def test_clients_that_leave_in_the_middle_leave_nothing_behind(server: Server, api: Client) -> None:
