@@ -22,7 +22,7 @@ SHUTDOWN = 8  # seconds that requests have to end after SIGTERM; platforms kill 
 
 # libuv accepts one connection for each listening socket and turn of the event loop (its PR 3696),
 # so that 1,000 clients that connect at once under load wait for 1,000 turns: the last waited 5 s.
-LISTENERS = 16  # duplicates of the socket: 200 connections take 14 turns instead of 201
+LISTENERS = 64  # duplicates of the socket: 200 connections take 5 turns instead of 201
 
 FLAGS: dict[str, Any] = {
     "http": "lib.protocol:Protocol",
