@@ -5,15 +5,12 @@ TEST_DATABASE_URL=… python -m pytest    uses that database: its name must end 
                                         schema todo is dropped
 """
 
-import asyncio
 import base64
-import importlib
 import json
 import os
 import random
 import re
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -21,7 +18,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,7 +30,6 @@ import jwt
 import psutil
 import psycopg
 import pytest
-import uvloop
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from httpx import Client
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -175,31 +171,6 @@ class Proxy:
             each.close()
 
 
-Story = Callable[[], Coroutine[Any, Any, None]]
-Play = Callable[[Story], None]
-
-
-@pytest.fixture
-def play(database: str, monkeypatch: pytest.MonkeyPatch) -> Play:
-    """Runs a story while db.py is connected to the database."""
-    monkeypatch.setenv("DATABASE_URL", database)
-    monkeypatch.setenv("PGTZ", "UTC")
-    db = importlib.import_module("db")
-
-    def play(story: Story) -> None:
-        async def run() -> None:
-            await db.start()
-            try:
-                await asyncio.wait_for(story(), 60)
-            finally:
-                await db.stop()
-
-        importlib.reload(db)  # a pool that was closed cannot be opened again
-        uvloop.run(run())  # as the service does: its timers come before its sockets
-
-    return play
-
-
 # Servers.
 
 # Each port is given once. All are below those that the system takes for outgoing connections.
@@ -300,20 +271,6 @@ def start(database: str, **settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=HERE, env=environ, capture_output=True, text=True, timeout=30
     )
-
-
-@contextmanager
-def developing(folder: Path, port: int, stop: signal.Signals) -> Iterator[str]:
-    """Runs `python main.py` in the folder, and ends it with the signal after the block."""
-    command = [sys.executable, "main.py"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=outside(), stdout=log)
-    try:
-        wait_for_start(process, port)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(stop)
-        assert process.wait(60) == 0
 
 
 @pytest.fixture(scope="session")

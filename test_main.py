@@ -6,11 +6,8 @@ TEST_POSTGRES=16 python -m pytest                 the same on the PostgreSQL 16 
 TEST_DATABASE_URL=… python -m pytest              the same on any other, see conftest.py
 """
 
-import hashlib
 import json
-import os
 import re
-import signal
 import sys
 import time
 import uuid
@@ -19,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import jwt
@@ -40,10 +38,7 @@ from conftest import (
     ask_until_fetched,
     bearer,
     client,
-    copy_service,
-    developing,
     documented_routes,
-    free_port,
     get,
     jwt_by_hand,
     new_email,
@@ -71,7 +66,7 @@ TITLES = ["x", "x" * 500, "\U0001f9c0" * 500, " padded ", "line\nbreak", "'; DRO
 BAD_TITLES = [None, "", " \t\n", "x" * 501, "a\0b", 7]
 BAD_FIELDS: list[Any] = [("description", text) for text in ("x" * 5001, "\0", ["x"])]
 BAD_FIELDS += [("completed", "yes"), ("completed", None), ("is_completed", 1)]
-BAD_BODIES: list[Any] = [{}, [], "text", 7, None, *[{"title": title} for title in BAD_TITLES]]
+BAD_BODIES: list[Any] = [{}, {"title": "x" * 501}]
 BAD_BODIES += [{"title": "ok", name: value} for name, value in BAD_FIELDS]
 NOT_JSON = [
     b"{",
@@ -127,10 +122,6 @@ def test_a_body_against_the_schema_is_422_and_is_not_repeated(api: Client, body:
     assert api.get("/tasks").json() == []
 
 
-def test_a_body_that_is_missing_is_422(api: Client) -> None:
-    refusal(api.post("/tasks"), 422, "unprocessable_content")
-
-
 @parametrize("text", [r'{"title": "\ud800"}', r'{"title": "ok", "x": "\udfff"}', r'{"\udead": 1}'])
 def test_json_that_utf8_cannot_hold_is_400_and_the_place_is_told(api: Client, text: str) -> None:
     problem = refusal(api.post("/tasks", content=text, headers=JSON), 400, "bad_request")
@@ -164,6 +155,8 @@ def test_unknown_fields_never_change_owner_id_or_times(api: Client, task: Task) 
 # Changing tasks.
 
 BOTH_NAMES = [{"completed": value, "is_completed": not value} for value in (True, False)]
+TOGGLES: list[Any] = [{}]
+TOGGLES += [{"content": text, "headers": JSON} for text in ("", "{}", "null", '{"other": 1}')]
 CHANGES = [{"title": "new"}, {"description": "new"}, {"description": None}, {"completed": True}]
 
 
@@ -202,7 +195,7 @@ def test_two_names_that_differ_are_422(
 
 
 @parametrize("word", ["complete", "toggle"])
-@parametrize("body", [{}, {"json": {}}, {"json": None}, {"json": {"other": 1}}])
+@parametrize("body", TOGGLES)
 def test_a_toggle_without_a_value_flips(api: Client, task: Task, word: str, body: Any) -> None:
     path = f"/tasks/{task['id']}/{word}"
     assert [api.patch(path, **body).json()["completed"] for _ in range(3)] == [True, False, True]
@@ -238,7 +231,6 @@ def test_delete_says_so_and_the_task_is_gone(api: Client, task: Task) -> None:
 # Lists.
 
 BAD_LIMITS = [f"limit={limit}" for limit in (0, -1, 1001, 10**9, 2**63, "x", "1e2")]
-BAD_CURSORS = ["after=x", "after=" + "9" * 40, "after=%00"]
 
 
 @pytest.fixture
@@ -305,11 +297,6 @@ def test_pages_by_number_that_hold_their_tasks_lose_none(api: Client, large: Non
     assert "next" in api.get("/tasks").links
 
 
-@parametrize("query", [*BAD_CURSORS, "status=x"])
-def test_a_query_against_the_schema_is_422(api: Client, query: str) -> None:
-    refusal(api.get("/tasks?" + query), 422, "unprocessable_content")
-
-
 @parametrize("skipped", ["offset=4", "skip=4", "page=3&limit=2", "page=2&limit=4"])
 def test_tasks_can_be_skipped_by_count_or_by_page(api: Client, ten: Tasks, skipped: str) -> None:
     shown = api.get("/tasks?" + skipped).json()
@@ -354,7 +341,7 @@ SENTENCES = [
     ("page=x", "page: a whole number from 1"),
     ("offset=-1", "offset: a whole number to skip"),
     ("skip=x", "offset: a whole number to skip"),
-    ("after=x", "after: the id of the last one seen"),
+    *[("after=" + text, "after: the id of the last one seen") for text in ("x", "9" * 40, "%00")],
     ("completed=maybe", "completed: true or false"),
     ("status=x", "status: all, completed, done, pending, active, incomplete or todo"),
     ("completed=true&is_completed=false", "completed and is_completed differ: send one"),
@@ -536,6 +523,21 @@ def test_location_and_link_keep_the_path_of_the_client(api: Client, root: str, m
     assert shown.links["next"]["url"] == f"{root}?limit=1&after={shown.json()[0]['id']}"
 
 
+@parametrize("user", ["auth0|1", "用户", "a b", "a?b#c", "a%2Fb", "did:x:1", '"<>"'])
+def test_location_and_link_lead_on_whatever_the_issuer_calls_its_users(
+    server: Server, user: str
+) -> None:
+    path = "/api/" + quote(user, safe="") + "/tasks"
+    with client(server, user) as api:
+        created = [api.post(path, json={"title": "x"}) for _ in range(2)]
+        page = api.get(path, params={"limit": 1, "unknown": "x" * 9000})
+        assert api.get(created[0].headers["location"]).json() == created[0].json()
+        assert api.get(page.links["next"]["url"]).json() == [created[0].json()]
+        assert len(page.headers["link"]) < 300
+        for task in created:
+            assert api.delete(task.headers["location"]).status_code == 200
+
+
 def test_a_root_path_is_kept_and_aliases_are_found_below_it(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -547,12 +549,6 @@ def test_a_root_path_is_kept_and_aliases_are_found_below_it(
     assert made[0].headers["location"] == f"/svc/todos/{made[0].json()['id']}"
     assert shown.json() == [made[1].json()]
     assert shown.links["next"]["url"].startswith("/svc/api/me/todos?limit=1&after=")
-
-
-def test_todos_stand_under_a_users_path_too(api: Client, task: Task) -> None:
-    root = f"/api/{task['user_id']}/todos"
-    assert api.get(root).json() == [task]
-    assert api.patch(f"{root}/{task['id']}/complete").json()["completed"] is True
 
 
 @parametrize("path", READABLE)
@@ -586,9 +582,10 @@ def test_an_unknown_path_is_404(public: Client, path: str) -> None:
 
 
 def test_the_first_page_is_html_for_browsers_and_json_for_programs(public: Client) -> None:
-    page = public.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    accept = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8", "Host": "a&b"}
+    page = public.get("/", headers=accept)
     assert page.headers["content-type"].startswith("text/html")
-    assert 'href="/docs"' in page.text
+    assert 'href="/docs"' in page.text and "http://a&amp;b/" in page.text
     assert public.get("/").json()["docs"] == "/docs"
 
 
@@ -642,7 +639,7 @@ def test_an_allowed_origin_may_read_every_answer(
     response = api.request(method, path, **options)
     assert response.status_code == status
     assert response.headers["access-control-allow-origin"] == "https://app.example"
-    assert "X-Request-ID" in response.headers["access-control-expose-headers"]
+    assert response.headers["access-control-allow-credentials"] == "true"
 
 
 def test_a_page_of_an_allowed_origin_may_read_every_header_of_ours(api: Client) -> None:
@@ -693,6 +690,7 @@ def test_a_preflight_is_answered_without_a_token(public: Client) -> None:
     response = public.options("/tasks/x/toggle", headers=ORIGIN | asked)
     assert response.status_code == 200
     assert "PATCH" in response.headers["access-control-allow-methods"]
+    assert response.headers["access-control-allow-credentials"] == "true"
 
 
 @parametrize(
@@ -812,7 +810,11 @@ def test_every_route_not_on_the_public_list_answers_401(public: Client) -> None:
 # Accounts.
 
 PASSWORD = "correct horse"
+BAD_PASSWORDS = ["short77", "x" * 129, "п" * 7, None]
 NO_EMAILS = ["", "a", "a@", "@b", "a b@c.de", "a@b\0c", "x" * 250 + "@b.de", "a@b@c", None, 7]
+EMAIL = "E-mail: needs an @ between two parts without spaces"
+REFUSED: list[Any] = [("email", email, EMAIL) for email in NO_EMAILS]
+REFUSED += [("password", each, "Password: 8 to 128 characters") for each in BAD_PASSWORDS]
 
 
 def test_an_account_is_made_and_its_token_works(public: Client) -> None:
@@ -833,17 +835,7 @@ def test_email_is_matched_without_regard_to_case(public: Client, account: Accoun
     refusal(public.post("/auth/register", json=shouted), 409, "email_taken")
 
 
-@parametrize(
-    ("field", "value", "detail"),
-    [
-        ("password", "short77", "Password: 8 to 128 characters"),
-        ("password", "x" * 129, "Password: 8 to 128 characters"),
-        ("password", "п" * 7, "Password: 8 to 128 characters"),
-        ("password", None, "Password: 8 to 128 characters"),
-        ("email", "ann", "E-mail: needs an @ between two parts without spaces"),
-        ("email", "", "E-mail: needs an @ between two parts without spaces"),
-    ],
-)
+@parametrize(("field", "value", "detail"), REFUSED)
 def test_a_refused_account_says_what_the_field_takes(
     public: Client, field: str, value: Any, detail: str
 ) -> None:
@@ -858,7 +850,7 @@ def test_a_password_that_cannot_be_is_told_so_at_login(public: Client, password:
     refusal(public.post("/auth/login", json=sent), 422, "unprocessable_content", detail)
 
 
-@parametrize("title", [None, "", "  ", "x" * 501, "a\0b", 7])
+@parametrize("title", BAD_TITLES)
 def test_a_refused_title_says_what_a_title_takes(api: Client, title: Any) -> None:
     detail = "Title: 1 to 500 characters, at least one of them visible"
     response = api.post("/tasks", json={"title": title})
@@ -911,12 +903,6 @@ def test_the_document_says_which_passwords_are_taken(public: Client) -> None:
     schemas = public.get("/openapi.json").json()["components"]["schemas"]
     password = schemas["Registration"]["properties"]["password"]
     assert (password["minLength"], password["maxLength"]) == (8, 128)
-
-
-@parametrize("email", NO_EMAILS)
-def test_what_is_no_email_is_422(public: Client, email: Any) -> None:
-    response = public.post("/auth/register", json={"email": email, "password": PASSWORD})
-    refusal(response, 422, "unprocessable_content")
 
 
 @pytest.fixture(scope="module")
@@ -1161,7 +1147,6 @@ def test_of_a_hundred_writers_with_one_etag_exactly_one_wins(api: Client, task: 
 
 ALGORITHMS = ["EdDSA", "ES256", "RS256"]
 OTHER = "https://other.example"
-WRONG_CLAIMS = [{"iss": OTHER}, {"iss": None}, {"aud": "other"}, {"aud": None}, {"exp": None}]
 MINE = {"user_id": "u", "iss": "https://issuer.example", "aud": "todo", "exp": LATER}
 
 
@@ -1172,11 +1157,6 @@ def test_a_token_of_the_issuer_is_good(federated: Server, issuer: Issuer, alg: s
 
 def test_the_only_key_of_its_kind_needs_no_kid(federated: Server, issuer: Issuer) -> None:
     assert status(federated, issuer.token(headers={}, user_id="u")) == 200
-
-
-@parametrize("claims", [*WRONG_CLAIMS, *[{"user_id": id} for id in (None, 7, "")]])
-def test_a_token_for_somebody_else_is_401(federated: Server, issuer: Issuer, claims: Any) -> None:
-    assert status(federated, issuer.token(**{"user_id": "u"} | claims)) == 401
 
 
 @parametrize("form", [Encoding.PEM, Encoding.DER])
@@ -1211,14 +1191,6 @@ def test_accounts_do_not_exist_without_a_secret(federated: Server) -> None:
     assert post(federated.url + "/auth/login", json={}).status_code == 404
 
 
-def test_invented_kids_do_not_flood_the_issuer(federated: Server, issuer: Issuer) -> None:
-    started, before = time.monotonic(), issuer.requests
-    forged = [issuer.token(user_id="u", headers={"kid": str(n)}) for n in range(50)]
-    with ThreadPoolExecutor(16) as pool:
-        assert set(pool.map(lambda token: status(federated, token), forged)) == {401}
-    assert issuer.requests - before <= 1 + (time.monotonic() - started) / 5
-
-
 Hasty = tuple[Server, Issuer]
 
 
@@ -1231,18 +1203,6 @@ def hasty(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         settings = {"JWT_JWKS_URL": issuer.url, "PYTHONPATH": f"{folder}:{HERE}"}
         with serving(database, folder / "log", **settings) as server:
             yield server, issuer
-
-
-def test_a_slow_issuer_delays_only_unknown_keys(hasty: Hasty) -> None:
-    server, issuer = hasty
-    assert status(server, issuer.token()) == 200
-    before, issuer.delay = issuer.requests, 1.5
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask_until_fetched, server, issuer)
-        wait_until(lambda: issuer.requests > before)
-        assert status(server, issuer.token("RS256")) == 200
-        assert not asked.done()
-    issuer.delay = 0
 
 
 def test_known_keys_outlast_the_issuer_and_new_ones_follow(hasty: Hasty) -> None:
@@ -1368,19 +1328,6 @@ def test_one_line_names_a_wrong_setting(database: str) -> None:
             assert "hunter2" not in line
 
 
-def test_of_ten_that_start_together_one_applies_the_schema(empty: str, tmp_path: Path) -> None:
-    def boot(n: int) -> int:
-        with serving(empty, tmp_path / str(n)) as server:
-            return [line["message"] for line in server.log()].count("schema applied")
-
-    with ThreadPoolExecutor(10) as pool:
-        assert sum(pool.map(boot, range(10))) == 1
-    digest = hashlib.sha256((HERE / "schema.sql").read_bytes()).hexdigest()
-    with psycopg.connect(empty) as connection:
-        recorded = connection.execute("SELECT obj_description('todo.tasks'::regclass)")
-        assert recorded.fetchone() == (digest,)
-
-
 def test_the_schema_can_be_applied_by_hand_any_number_of_times(database: str) -> None:
     with psycopg.connect(database) as connection:
         for _ in range(2):
@@ -1398,14 +1345,6 @@ def test_ids_rise_with_time_to_the_microsecond(database: str) -> None:
     assert {(id.version, id.variant) for id in ids} == {(7, uuid.RFC_4122)}
 
 
-@pytest.fixture(scope="module")
-def ended(database: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Server, Task]:
-    """A service that was started and stopped, and a task that it stored."""
-    log = tmp_path_factory.mktemp("log") / "log"
-    with serving(database, log) as server, client(server) as api:
-        return server, api.post("/tasks", json={"title": "x"}).json()
-
-
 def last_line(server: Server, response: Response) -> dict[str, Any]:
     """The log line of the request that the response answers."""
     id = response.headers["x-request-id"]
@@ -1418,8 +1357,7 @@ TOLD = [
     ({"exp": None}, "has no claim exp"),
     ({"iss": None}, "has no claim iss"),
     ({"aud": None}, "has no claim aud"),
-    ({"user_id": 7}, "claim user_id is not a text"),
-    ({"user_id": "a\nb"}, "claim user_id is not a text"),
+    *[({"user_id": value}, "claim user_id is not a text") for value in (7, "", "a\nb")],
     ({"exp": "tomorrow"}, "claim exp is not a number"),
     ({"exp": []}, "claim exp is not a number"),
     ({"nbf": ""}, "claim nbf is not a number"),
@@ -1472,31 +1410,10 @@ def test_every_401_and_403_is_logged_with_a_reason(server: Server, api: Client) 
     assert all(reason not in ("", "invalid_token") for reason in reasons)
 
 
-def test_start_and_stop_are_logged_and_every_line_is_json(ended: tuple[Server, Task]) -> None:
-    lines = ended[0].log()
-    assert len(lines) == len(ended[0].output.read_text().splitlines())
+def test_start_and_stop_are_logged_and_every_line_is_json(database: str, tmp_path: Path) -> None:
+    with serving(database, tmp_path / "log") as server:
+        pass
+    lines = server.log()
+    assert len(lines) == len(server.output.read_text().splitlines())
     messages = {line["message"] for line in lines}
     assert {"Application startup complete.", "Application shutdown complete."} <= messages
-
-
-def test_what_was_stored_is_there_after_a_restart(
-    server: Server, ended: tuple[Server, Task]
-) -> None:
-    task = ended[1]
-    with client(server, task["user_id"]) as api:
-        assert api.get("/tasks").json() == [task]
-
-
-@pytest.mark.skipif("TEST_DATABASE_URL" in os.environ, reason="it brings its own PostgreSQL")
-def test_python_main_py_keeps_its_database_however_it_is_stopped(tmp_path: Path) -> None:
-    copy_service(tmp_path)
-    port, account = free_port(), {"email": "a@example.com", "password": PASSWORD}
-    (tmp_path / ".env").write_text(f"PORT={port}\nCORS_ORIGINS=https://app.example\n")
-    ends = [("register", signal.SIGINT), ("login", signal.SIGTERM), ("login", signal.SIGINT)]
-    for word, stop in ends:
-        with developing(tmp_path, port, stop) as url:
-            response = post(f"{url}/auth/{word}", json=account, headers=ORIGIN)
-        assert response.is_success
-        assert "access-control-allow-origin" in response.headers
-        assert "/docs" in (tmp_path / "log").read_text()
-        assert not (tmp_path / ".data/postgres/postmaster.pid").exists()
