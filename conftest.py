@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -117,60 +116,6 @@ def execute(url: str, *statements: str) -> None:
             connection.execute(statement.encode())
 
 
-class Proxy:
-    """A way to the database that forgets its connections, like a suspended machine or a NAT.
-
-    No FIN tells of it: the next byte on a forgotten connection is answered by a reset.
-    """
-
-    def __init__(self, database: str) -> None:
-        target = conninfo_to_dict(database)
-        self.path = f"{target['host']}/.s.PGSQL.{target.get('port', 5432)}"
-        self.sent, self.connections, self.forgotten = 0, list[socket.socket](), set[int]()
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = make_conninfo(database, host="127.0.0.1", port=self.listener.getsockname()[1])
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                service, _ = self.listener.accept()
-                postgres = socket.socket(socket.AF_UNIX)
-                postgres.connect(self.path)
-                self.connections += [service, postgres]
-                for pump in (self.send, self.receive):
-                    threading.Thread(target=pump, args=(service, postgres), daemon=True).start()
-
-    def send(self, service: socket.socket, postgres: socket.socket) -> None:
-        with suppress(OSError):
-            while data := service.recv(65536):
-                self.sent += len(data)
-                if id(service) in self.forgotten:
-                    service.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    return service.close()
-                postgres.sendall(data)
-            postgres.shutdown(socket.SHUT_RDWR)
-
-    def receive(self, service: socket.socket, postgres: socket.socket) -> None:
-        with suppress(OSError):
-            while data := postgres.recv(65536):
-                service.sendall(data)
-        if id(service) not in self.forgotten:
-            with suppress(OSError):
-                service.shutdown(socket.SHUT_RDWR)
-
-    def forget(self) -> None:
-        """Forgets the connections that are open now. New ones work."""
-        self.forgotten |= {id(each) for each in self.connections}
-        for each in self.connections[1::2]:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        for each in [self.listener, *self.connections]:
-            each.close()
-
-
 # Servers.
 
 # Each port is given once. All are below those that the system takes for outgoing connections.
@@ -234,35 +179,41 @@ def uvicorn(port: int) -> list[str]:
     return ["env", f"PORT={port}", sys.executable, "-m", "lib.serve", "main:app"]
 
 
+def procfile(port: int) -> list[str]:
+    """The command of the Procfile, on loopback only."""
+    line = (HERE / "Procfile").read_text().removeprefix("web: ")
+    command = "exec " + line.replace("--host 0.0.0.0", "--host 127.0.0.1")
+    return ["env", f"PORT={port}", f"PATH={PATH}", "sh", "-c", command]
+
+
 @contextmanager
-def serving(database: str, output: Path, **settings: str) -> Iterator[Server]:
-    """Runs the service, and ends it after the block. What it logs goes to the output file."""
-    port, environ = free_port(), environment(database, **settings)
+def started(
+    command: list[str], output: Path, environ: dict[str, str], folder: Path = HERE
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a command, and ends it after the block. What it prints goes to the output file."""
     with output.open("wb") as log:
-        process = subprocess.Popen(uvicorn(port), cwd=HERE, env=environ, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log)
     try:
-        wait_for_start(process, port, output)
-        yield Server(port, process, output)
+        yield process
     finally:
         process.terminate()
         process.wait(60)
 
 
 @contextmanager
-def serving_by_procfile(database: str, output: Path) -> Iterator[Server]:
-    """Runs the command of the Procfile, on loopback only."""
-    port = free_port()
-    environ = environment(database, PORT=str(port), PATH=PATH)
-    line = (HERE / "Procfile").read_text().removeprefix("web: ")
-    command = ["sh", "-c", "exec " + line.replace("--host 0.0.0.0", "--host 127.0.0.1")]
-    with output.open("wb") as log:
-        process = subprocess.Popen(command, cwd=HERE, env=environ, stdout=log, stderr=log)
-    try:
+def serving(
+    database: str,
+    output: Path,
+    command: Callable[[int], list[str]] = uvicorn,
+    folder: Path = HERE,
+    /,
+    **settings: str,
+) -> Iterator[Server]:
+    """Runs the service, and ends it after the block. What it logs goes to the output file."""
+    port, environ = free_port(), environment(database, **settings)
+    with started(command(port), output, environ, folder) as process:
         wait_for_start(process, port, output)
         yield Server(port, process, output)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def start(database: str, **settings: str) -> subprocess.CompletedProcess[str]:

@@ -538,12 +538,12 @@ def test_location_and_link_lead_on_whatever_the_issuer_calls_its_users(
             assert api.delete(task.headers["location"]).status_code == 200
 
 
-def test_a_root_path_is_kept_and_aliases_are_found_below_it(
-    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = [sys.executable, "-m", "uvicorn", "main:app", "--root-path", "/svc", "--port"]
-    monkeypatch.setattr("conftest.uvicorn", lambda port: [*command, str(port)])
-    with serving(database, tmp_path / "log") as server, client(server) as api:
+def test_a_root_path_is_kept_and_aliases_are_found_below_it(database: str, tmp_path: Path) -> None:
+    def below(port: int) -> list[str]:
+        command = [sys.executable, "-m", "uvicorn", "main:app", "--root-path", "/svc", "--port"]
+        return [*command, str(port)]
+
+    with serving(database, tmp_path / "log", below) as server, client(server) as api:
         made = [api.post("/todos", json={"title": "x"}) for _ in range(2)]
         shown = api.get("/api/me/todos?limit=1")
     assert made[0].headers["location"] == f"/svc/todos/{made[0].json()['id']}"
@@ -1273,6 +1273,22 @@ def test_a_user_above_the_rate_limit_is_429_alone(database: str, tmp_path: Path)
 def test_the_rate_limit_can_be_off(unlimited: Server) -> None:
     with client(unlimited) as api:
         assert {api.get("/tasks/x").status_code for _ in range(700)} == {404}
+
+
+def test_however_many_ask_whether_it_is_ready_the_database_is_asked_once_in_5_seconds(
+    server: Server, database: str
+) -> None:
+    def last_query() -> Any:
+        others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> "
+        with psycopg.connect(database) as connection:
+            found = connection.execute(f"SELECT max(query_start) {others} pg_backend_pid()")
+            return found.fetchone()
+
+    assert get(server.url + "/health/ready").status_code == 200
+    before = last_query()
+    with client(server) as api:
+        assert {api.get("/health/ready").status_code for _ in range(200)} == {200}
+    assert last_query() == before
 
 
 def test_a_request_is_one_line_of_json(server: Server) -> None:

@@ -15,8 +15,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from lib.ratelimit import networks
 from lib.readers import Readers
 
-# Open connections, of 7 KB each. 64 file descriptors are left for everything else.
-MAX_CONNECTIONS = min(5_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64)
+# Open connections, of 7 KB each. 64 file descriptors listen (lib/serve.py), 64 are for the rest.
+MAX_CONNECTIONS = min(5_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128)
 MAX_HEAD = 65_536  # bytes of a request's target, header and trailer together
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
 HEAD_TIMEOUT = 10  # seconds for a head, from its first byte or from the connection's start

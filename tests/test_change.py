@@ -3,8 +3,6 @@
 This changes a copy of the service as README tells it, and uses what came of it.
 """
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +12,11 @@ from httpx import Client
 from conftest import (
     bearer,
     copy_service,
-    environment,
-    free_port,
     get,
     post,
     serving,
     token,
-    wait_for_start,
+    uvicorn,
 )
 
 Places = list[tuple[str, str, str]]  # a file, a text in it, and what is added below or replaces it
@@ -92,16 +88,8 @@ def changed(empty: str, tmp_path: Path) -> Iterator[str]:
     folder = tmp_path / "changed"
     copy_service(folder)
     change(folder, FIELD + ROUTE + ENVELOPE)
-    port, log = free_port(), tmp_path / "log"
-    command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment(empty), stdout=output, stderr=output
-        )
-    wait_for_start(process, port, log)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(30)
+    with serving(empty, tmp_path / "log", uvicorn, folder) as server:
+        yield server.url
 
 
 def test_a_field_takes_at_most_seven_places_and_a_route_three() -> None:

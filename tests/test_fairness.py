@@ -5,14 +5,12 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
 import pytest
-from httpx import Client, Response
-from psycopg.conninfo import make_conninfo
+from httpx import Client
 
 from conftest import Server, client, execute, serving, token, wait_until
 
@@ -97,41 +95,3 @@ def test_a_write_that_waits_for_a_lock_holds_up_no_read(database: str, api: Clie
         wait_until(lambda: not other.execute(waiting).fetchall())  # the last one is cancelled late
         other.rollback()
     assert api.patch(toggle).json()["completed"] is True
-
-
-def timed(call: Callable[[], Response]) -> tuple[int, float]:
-    started = time.monotonic()
-    return call().status_code, time.monotonic() - started
-
-
-def read_until(api: Client, stop: float) -> set[int]:
-    codes = set()
-    while time.monotonic() < stop:
-        codes.add(api.get("/tasks").status_code)
-    return codes
-
-
-@pytest.mark.usefixtures("server")
-def test_with_two_connections_busy_readers_leave_one_to_writers(
-    database: str, tmp_path: Path
-) -> None:
-    role = "two" + uuid.uuid4().hex
-    execute(database, f"CREATE ROLE {role} LOGIN SUPERUSER", f"ALTER ROLE {role} NOSUPERUSER")
-    execute(
-        database,
-        f"GRANT USAGE ON SCHEMA todo TO {role}",
-        f"GRANT ALL ON todo.users, todo.tasks TO {role}",
-        f"ALTER ROLE {role} CONNECTION LIMIT 2",
-    )
-    with (
-        serving(make_conninfo(database, user=role), tmp_path / "log") as server,
-        client(server) as api,
-        ThreadPoolExecutor(16) as pool,
-    ):
-        stop = time.monotonic() + 6
-        readers = [pool.submit(read_until, api, stop) for _ in range(12)]
-        writes = [timed(lambda: api.post("/tasks", json={"title": "x"})) for _ in range(10)]
-        assert {code for code, _ in writes} == {201}
-        assert max(seconds for _, seconds in writes) < 3
-        assert set().union(*[reader.result() for reader in readers]) == {200}
-    execute(database, f"DROP OWNED BY {role}", f"DROP ROLE {role}")

@@ -1,7 +1,6 @@
 """From one release to the next: schema changes while the service is used."""
 
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from conftest import (
     environment,
     free_port,
     serving,
+    started,
     uvicorn,
     wait_for_start,
     wait_until,
@@ -42,34 +42,19 @@ def next_release(folder: Path, *changes: str) -> None:
     code.write_text(code.read_text().replace(shown, f'"due", {shown}'))
 
 
-@contextmanager
-def starting(
-    folder: Path, database: str, log: Path
-) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    port = free_port()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            uvicorn(port), cwd=folder, env=environment(database), stdout=output, stderr=output
-        )
-    try:
-        yield process, port
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_a_column_that_existing_tables_lack_stops_the_start_with_one_line(
     empty: str, tmp_path: Path
 ) -> None:
     with serving(empty, tmp_path / "old"):
         pass
     next_release(tmp_path / "next")
-    with starting(tmp_path / "next", empty, tmp_path / "log") as (process, _):
+    log = tmp_path / "log"
+    with started(uvicorn(free_port()), log, environment(empty), tmp_path / "next") as process:
         assert process.wait(60) == 1
-    last = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+    last = json.loads(log.read_text().splitlines()[-1])
     assert last["message"].startswith("the schema does not fit this release: ")
     assert 'column "due" ' in last["message"]
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "Traceback" not in log.read_text()
 
 
 ADD_COLUMN = "ALTER TABLE todo.tasks ADD COLUMN IF NOT EXISTS due date;"
@@ -98,7 +83,8 @@ def test_the_release_before_writes_on_while_the_next_waits_for_a_lock_and_after_
     ):
         task = "/tasks/" + api.post("/tasks", json=TITLE).json()["id"]
         other.execute("LOCK TABLE todo.tasks IN ROW EXCLUSIVE MODE")  # as a long transaction does
-        with starting(tmp_path / "next", empty, log) as (process, port):
+        port = free_port()
+        with started(uvicorn(port), log, environment(empty), tmp_path / "next") as process:
             wait_until(lambda: use_for(0.2, api, task) or "waits for a lock" in log.read_text())
             use_for(4, api, task)
             other.rollback()
@@ -132,13 +118,10 @@ def test_a_release_with_a_new_column_and_the_way_back_fail_no_request(
     empty: str, tmp_path: Path
 ) -> None:
     next_release(tmp_path / "next", ADD_COLUMN, ADD_INDEX)
-    log = tmp_path / "log"
     with ExitStack() as first, ExitStack() as second:
         old = first.enter_context(serving(empty, tmp_path / "old"))
         first.enter_context(in_use(old))
-        process, port = second.enter_context(starting(tmp_path / "next", empty, log))
-        wait_for_start(process, port, log)
-        new = Server(port, process, log)
+        new = second.enter_context(serving(empty, tmp_path / "log", uvicorn, tmp_path / "next"))
         second.enter_context(in_use(new))
         time.sleep(1)  # both serve
         first.close()
