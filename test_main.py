@@ -6,6 +6,7 @@ TEST_POSTGRES=16 python -m pytest                 the same on the PostgreSQL 16 
 TEST_DATABASE_URL=… python -m pytest              the same on any other, see conftest.py
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -770,7 +771,7 @@ def test_white_space_around_a_token_and_the_case_of_bearer_do_not_matter(
     assert raw(server, sent).startswith(b"HTTP/1.1 200 ")
 
 
-@parametrize("header", [None, "", "Basic dTpw", "Bearer", "Token x"])
+@parametrize("header", [None, "", "Basic dTpw", "Bearer", "Token " + token("u")])
 def test_no_token_is_401(public: Client, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
     response = public.get("/tasks", headers=headers)
@@ -1100,10 +1101,11 @@ def test_a_polling_client_gets_304_until_something_changes(api: Client, task: Ta
     assert api.get("/tasks", headers=headers).status_code == 200
 
 
-@parametrize("call", CALLS[1:])
+@parametrize("call", CALLS)
 def test_if_match_lets_only_that_version_change(api: Client, task: Task, call: Call) -> None:
     current = api.get("/tasks/" + task["id"]).headers["etag"]
-    for stale in ('"99"', "W/" + current, '"x"', '""', "", current + "x"):
+    parts = [current.partition("-")[0] + '"', current.strip('"'), f'"0{current[1:]}', current + "x"]
+    for stale in ('"99"', "W/" + current, '"x"', '""', "", *parts):
         response = send(api, call, task["id"], **{"If-Match": stale})
         refusal(response, 412, "precondition_failed")
     assert api.get("/tasks/" + task["id"]).json() == task
@@ -1121,6 +1123,31 @@ def test_if_none_match_lets_any_other_version_change(api: Client, task: Task, ca
     assert api.get("/tasks/" + task["id"]).json() == task
     others = f'"x", {current.replace("1-", "7-", 1)}, {current.replace("1-", "3-", 1)}'
     assert send(api, call, task["id"], **{"If-None-Match": others}).is_success
+
+
+def test_several_lines_of_a_condition_are_one_list(api: Client, task: Task) -> None:
+    path = "/tasks/" + task["id"]
+    tags = ['"x"', api.get(path).headers["etag"]]
+    for order in (tags, tags[::-1]):
+        lines = [("If-None-Match", tag) for tag in order]
+        assert api.get(path, headers=lines).status_code == 304
+    lines = [("If-Match", tag) for tag in tags]
+    assert api.patch(path, headers=lines, json={"title": "y"}).status_code == 200
+
+
+def test_an_etag_has_the_version_of_a_task_and_the_form_of_the_answer(
+    api: Client, task: Task
+) -> None:
+    assert api.get("/tasks/" + task["id"]).headers["etag"] == f'"1-{db.SHAPE}"'
+    assert hashlib.sha256(db.COLUMNS.encode()).hexdigest().startswith(db.SHAPE)
+
+
+def test_two_tasks_that_swap_their_titles_change_the_lists_etag(api: Client) -> None:
+    paths = [api.post("/tasks", json={"title": text}).headers["location"] for text in "ab"]
+    etag = api.get("/tasks").headers["etag"]
+    for path, title in zip(paths, "ba", strict=True):
+        api.patch(path, json={"title": title})
+    assert api.get("/tasks", headers={"If-None-Match": etag}).status_code == 200
 
 
 @parametrize(("method", "name"), [("GET", "If-None-Match"), ("PUT", "If-Match")])

@@ -15,7 +15,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Coroutine, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -236,18 +236,6 @@ def test_a_setting_that_can_work_is_taken(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert getattr(auth.Settings.load(), name.lower()) == value
-
-
-@parametrize(("schemes", "is_good"), [
-    (["Bearer"], True), (["bEARER"], True), (["Basic"], False), (["Bearer", "Bearer"], False),
-    ([], False),
-])  # fmt: skip
-def test_one_bearer_token_is_taken_and_nothing_else(schemes: list[str], is_good: bool) -> None:
-    headers = [(b"authorization", f"{scheme} {signed()}".encode()) for scheme in schemes]
-    state = RequestState({}, "id", "192.0.2.1", b"")
-    scope: Any = {"type": "http", "headers": headers, "state": {"request": state}}
-    with nullcontext() if is_good else pytest.raises(Unauthorized):
-        asyncio.run(auth.current_user(Request(scope)))
 
 
 # Passwords.
