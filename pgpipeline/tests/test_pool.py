@@ -289,7 +289,7 @@ async def test_a_tenant_whose_queries_become_slow_leaves_a_pipeline_to_others(
     pool: PipelinePool,
 ) -> None:
     with users(pool, "a", "SELECT 1", at_once=32):
-        await asyncio.sleep(0.3)  # that earns a window for all that it sends
+        await asyncio.sleep(0.3)
         sql = "SELECT 1 FROM pg_sleep(0.8)"
         slow = [asyncio.create_task(ask(pool, sql, "a")) for _ in range(32)]
         await asyncio.sleep(0.05)
