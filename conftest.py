@@ -412,15 +412,6 @@ def status(server: Server, token: str) -> int:
     return get(server.url + "/tasks", headers=bearer(token)).status_code
 
 
-def ask_until_fetched(server: Server, issuer: Issuer) -> None:
-    """Sends a token of an unknown key until the service fetches the issuer's keys again.
-
-    The service waits some seconds between two fetches.
-    """
-    before, unknown = issuer.requests, issuer.token(headers={"kid": "new"})
-    wait_until(lambda: status(server, unknown) == 401 and issuer.requests > before)
-
-
 def client(server: Server, user: str | None = None, **headers: str) -> Client:
     """A client of the user, or else of a user that no other client has."""
     headers = bearer(token(user or uuid.uuid4().hex)) | headers
