@@ -412,6 +412,12 @@ def status(server: Server, token: str) -> int:
     return get(server.url + "/tasks", headers=bearer(token)).status_code
 
 
+def timed(call: Callable[[], httpx.Response]) -> tuple[int, float]:
+    """The status of an answer, and how many seconds it took."""
+    started = time.monotonic()
+    return call().status_code, time.monotonic() - started
+
+
 def client(server: Server, user: str | None = None, **headers: str) -> Client:
     """A client of the user, or else of a user that no other client has."""
     headers = bearer(token(user or uuid.uuid4().hex)) | headers

@@ -4,13 +4,7 @@ from pathlib import Path
 
 from httpx import Client
 
-from conftest import (
-    execute,
-    new_email,
-    post,
-    refusal,
-    serving,
-)
+from conftest import execute, new_email, post, refusal, serving
 
 TITLE = {"title": "x"}
 

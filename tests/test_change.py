@@ -9,15 +9,7 @@ from pathlib import Path
 import pytest
 from httpx import Client
 
-from conftest import (
-    bearer,
-    copy_service,
-    get,
-    post,
-    serving,
-    token,
-    uvicorn,
-)
+from conftest import bearer, copy_service, get, post, serving, token, uvicorn
 
 Places = list[tuple[str, str, str]]  # a file, a text in it, and what is added below or replaces it
 DATE = "date | None"

@@ -34,6 +34,7 @@ from conftest import (
     request_bytes,
     serving,
     started,
+    timed,
     token,
     upload,
     uvicorn,
@@ -107,11 +108,6 @@ def api(server: Server) -> Iterator[Client]:
     with client(server) as api:
         wait_until(lambda: api.get("/health/ready").status_code == 200)
         yield api
-
-
-def timed(call: Callable[[], Response]) -> tuple[int, float]:
-    started = time.monotonic()
-    return call().status_code, time.monotonic() - started
 
 
 # The database.

@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 from httpx import Client
 
-from conftest import (
-    Server,
-    raw,
-    token,
-)
+from conftest import Server, raw, token
 
 parametrize = pytest.mark.parametrize
 

@@ -15,11 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from conftest import (
-    NOBODYS_ID,
-    Server,
-    client,
-)
+from conftest import NOBODYS_ID, Server, client
 
 parametrize = pytest.mark.parametrize
 

@@ -10,16 +10,7 @@ import psutil
 import pytest
 from httpx import Client
 
-from conftest import (
-    Server,
-    client,
-    connect,
-    get,
-    memory,
-    serving,
-    upload,
-    wait_until,
-)
+from conftest import Server, client, connect, get, memory, serving, upload, wait_until
 
 parametrize = pytest.mark.parametrize
 

@@ -6,35 +6,23 @@ import statistics
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-from httpx import Client, Response
+from httpx import Client
 from starlette.responses import PlainTextResponse
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from conftest import (
-    Server,
-    client,
-    execute,
-    memory,
-    serving,
-    wait_until,
-)
+from conftest import Server, client, execute, memory, serving, timed, wait_until
 from lib.protocol import Protocol
 
 pytestmark = pytest.mark.slow
 TITLE = {"title": "x"}
-
-
-def timed(call: Callable[[], Response]) -> tuple[int, float]:
-    started = time.monotonic()
-    return call().status_code, time.monotonic() - started
 
 
 def use_all_connections(api: Client) -> None:
