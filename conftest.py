@@ -263,14 +263,10 @@ def request_bytes(
     line: bytes, authorization: bytes, body: bytes, length: int | None = None
 ) -> bytes:
     """The bytes of a request, which may announce a longer body than it has."""
-    size = str(len(body) if length is None else length).encode()
-    head = (
-        line
-        + b" HTTP/1.1\r\nHost: x\r\nAuthorization: "
-        + authorization
-        + b"\r\nContent-Type: application/json\r\n"
-    )
-    return head + (b"Content-Length: " + size + b"\r\n\r\n" if size != b"0" else b"\r\n") + body
+    size = len(body) if length is None else length
+    head = line + b" HTTP/1.1\r\nHost: x\r\nAuthorization: " + authorization + b"\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % size
+    return head + body
 
 
 def upload(user: str, length: int) -> bytes:
