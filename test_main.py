@@ -38,6 +38,7 @@ from conftest import (
     bearer,
     client,
     documented_routes,
+    execute,
     get,
     jwt_by_hand,
     new_email,
@@ -448,19 +449,21 @@ def test_every_alias_serves_every_task_route(api: Client, alias: str, slash: str
 ROOTS = ["/auth", "/api/auth", "/api/v1/auth", "", "/api", "/api/v1", "/user", "/users"]
 
 
+LOGINS = [("login", "json", "email"), ("login", "data", "username"), ("signin", "json", "username")]
+LOGINS += [("token/", "json", "email"), ("token", "data", "username")]
+
+
 @parametrize("root", [*ROOTS, "/api/users"])
 def test_each_name_of_login_takes_json_with_either_field_and_the_form(
     public: Client, account: Account, root: str
 ) -> None:
-    def log_in(name: str, kind: str, field: str, slash: str) -> Response:
+    def log_in(name: str, kind: str, field: str) -> Response:
         sent: Any = {field: account["email"], "password": account["password"], "name": "Ann"}
-        return public.post(f"{root}/{name}{slash}", **{kind: sent})
+        return public.post(f"{root}/{name}", **{kind: sent})
 
-    ways = [("json", "email", "/"), ("json", "username", "/"), ("data", "username", "")]
     with ThreadPoolExecutor(2) as pool:  # as many as are hashed at once
-        names = ("login", "signin", "token")
-        sent = [pool.submit(log_in, name, *way) for name in names for way in ways]
-    for answer in (each.result().json() for each in sent):
+        answers = [answer.json() for answer in pool.map(log_in, *zip(*LOGINS, strict=True))]
+    for answer in answers:
         assert set(answer) == {"access_token", "token_type", "expires_in", "user"}
         me = public.get(f"{root}/me", headers=bearer(answer["access_token"]))
         assert me.json() == answer["user"]
@@ -626,6 +629,15 @@ def test_an_allowed_origin_may_read_every_answer(
     assert response.status_code == status
     assert response.headers["access-control-allow-origin"] == "https://app.example"
     assert response.headers["access-control-allow-credentials"] == "true"
+
+
+def test_an_allowed_origin_may_read_a_500_too(empty: str, tmp_path: Path) -> None:
+    settings = {"CORS_ORIGINS": "https://app.example"}
+    with serving(empty, tmp_path / "log", **settings) as server, client(server) as api:
+        execute(empty, "DROP TABLE todo.tasks")
+        response = api.get("/tasks", headers=ORIGIN)
+    refusal(response, 500, "internal_server_error", "Internal server error")
+    assert response.headers["access-control-allow-origin"] == "https://app.example"
 
 
 def test_a_page_of_an_allowed_origin_may_read_every_header_of_ours(api: Client) -> None:
