@@ -37,6 +37,14 @@ def test_env_example_names_exactly_the_variables_that_the_code_reads() -> None:
     assert {name.upper() for name in declared} | {"PORT"} == set(SETTINGS)
 
 
+def test_the_files_that_documents_name_are_there() -> None:
+    documents = [*HERE.glob("*.md"), *HERE.glob("docs/*.md"), *HERE.glob("*/README.md")]
+    text = "".join(path.read_text() for path in documents)
+    named = set(re.findall(r"`((?:lib|tests|docs|bench|pgpipeline)/[\w./-]+\.\w+)`", text))
+    assert len(named) > 20
+    assert [name for name in named if not (HERE / name).exists()] == []
+
+
 def test_the_route_tables_are_the_apps(public: Client) -> None:
     roots = {route.replace("/api/{user_id}", "") for route in documented_routes(public)}
     in_main = re.findall(r"^    ([A-Z]+) +(/\S*)", text_of("main.py"), re.M)
