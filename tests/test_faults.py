@@ -28,6 +28,7 @@ from conftest import (
     client,
     connect,
     environment,
+    execute,
     free_port,
     get,
     procfile,
@@ -58,9 +59,7 @@ class Database:
         self.url = server.get_uri("faults_test").replace("postgres:@", "app:@")
 
     def execute(self, *statements: str) -> None:
-        with psycopg.connect(self.admin, autocommit=True) as connection:
-            for statement in statements:
-                connection.execute(statement.encode())
+        execute(self.admin, *statements)
 
     def cut(self) -> None:
         self.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
