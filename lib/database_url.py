@@ -27,7 +27,7 @@ SEARCH_PATH = re.compile(
 )
 SSLMODES = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
 SSLMODES |= {"no-verify": "require"}  # as libpq's require
-DEFAULTS = {"application_name": "todo", "connect_timeout": "3", "keepalives_idle": "30"}
+DEFAULTS = {"connect_timeout": "3", "keepalives_idle": "30"}
 MALFORMED = (
     "DATABASE_URL is not of the form postgresql://user:password@host/database: write @ in a name"
     " or a password as %40, / as %2F, : as %3A, # as %23 and % as %25"
@@ -35,7 +35,7 @@ MALFORMED = (
 
 
 def connection_string(database_url: str, schema: str) -> str:
-    """DATABASE_URL as a conninfo, over DEFAULTS. `schema` is where the tables stand.
+    """DATABASE_URL as a conninfo, over DEFAULTS. `schema`, of the tables, is application_name too.
 
     Parameters that only other drivers know are dropped. Raises SystemExit with one line about one
     that means something and cannot be heeded, or another mistake. The line never has a password.
@@ -55,7 +55,8 @@ def connection_string(database_url: str, schema: str) -> str:
         raise SystemExit(f"{MALFORMED}. Its port is not a number")
     if PLACEHOLDER.fullmatch(str(given.get("password", ""))):
         raise SystemExit("DATABASE_URL has a placeholder in place of the password")
-    return conninfo.make_conninfo("", **DEFAULTS | given | {"client_encoding": "utf8"})
+    defaults = DEFAULTS | {"application_name": schema}
+    return conninfo.make_conninfo("", **defaults | given | {"client_encoding": "utf8"})
 
 
 def uri_for_libpq(text: str) -> str:

