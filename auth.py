@@ -31,9 +31,9 @@ TOKEN_CACHE_TTL = 60  # seconds: to look a token up takes 1 us, to verify it 34 
 TOKEN_CACHE_SIZE = 10_000  # tokens, of 260 bytes each
 BCRYPT_COST = 12  # 0.24 s of a core
 MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # hashed at once, and waiting: at most 2.4 s
-ACCOUNT_LIMIT = parse_limit("10/minute")  # passwords and registrations with one e-mail
-ADDRESS_LIMIT = parse_limit("100/minute")  # from one IPv4 address or IPv6 /64
-# Patterns. NAME is no bare "https://", and CLAIM is no claim with another meaning.
+ACCOUNT_LIMIT = parse_limit("10/minute")  # attempts with one e-mail
+ADDRESS_LIMIT = parse_limit("100/minute")  # from one IPv4 address or IPv6 /64, or wider when full
+# Patterns. NAME is more than "https://", and CLAIM no claim that says something else.
 URL, REDIS = rf"https?://{HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
 NAME, CLAIM = r"(?!https?:/*$)[^\s,]+", r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+"
 UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -42,7 +42,7 @@ UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]
 class Settings(BaseSettings):
     jwt_secret: Secret = ""  # signs and verifies HS256 tokens; with it there are accounts
     better_auth_secret: Secret = ""  # verifies them where jwt_secret is not set
-    # Where an issuer publishes its keys, and if set, the only `iss` and `aud` that are accepted.
+    # The URL of an issuer's keys. If set, only these `iss` and `aud` are accepted.
     jwt_jwks_url: Annotated[str, form(URL, "is not an http or https URL")] = ""
     jwt_issuer: Annotated[str, form(NAME, "is not one `iss` of a token")] = ""
     jwt_audience: Annotated[str, form(NAME, "is not one `aud` of a token")] = ""
@@ -57,7 +57,7 @@ settings = Settings.load()
 SECRET = settings.jwt_secret or settings.better_auth_secret
 JWKS_URL, USER_CLAIM = settings.jwt_jwks_url, settings.jwt_user_claim
 ISSUER, AUDIENCE = settings.jwt_issuer, settings.jwt_audience
-# Not with BETTER_AUTH_SECRET: the frontend would take tokens we issue for its own.
+# Not with BETTER_AUTH_SECRET alone: the frontend would take our tokens for its own.
 ACCOUNTS = bool(settings.jwt_secret) and settings.accounts != "off"
 USER_LIMIT = None if settings.rate_limit == "off" else parse_limit(settings.rate_limit)
 
@@ -135,12 +135,12 @@ class BearerToken(SecurityBase):
         if len(sent) > 1 or scheme.lower() != "bearer":
             raise Unauthorized(reason="not exactly one Authorization with Bearer")
         user_id = await user_of(token.lstrip(" "))  # after one space or more: RFC 9110 section 11.4
-        state_of(request.scope).user_id = user_id  # kept in lib/state.py for the log
+        state_of(request.scope).user_id = user_id  # for the log and limits
         await limiter.hit("user", USER_LIMIT, user_id)
         return user_id
 
 
-JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # a linter looks for "RFC8725"
+JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # Spectral looks for "RFC8725"
 current_user = BearerToken(
     OAuth2PasswordBearer(tokenUrl="auth/token", description=JWT)
     if ACCOUNTS

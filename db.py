@@ -1,6 +1,6 @@
 """The SQL of the service: each statement above the function that runs it.
 
-A task comes back as JSON, written as row_to_json() does. "No such row" is None here. A function
+Tasks come back as JSON, by row_to_json() or Result.json() alike. "No such row" is None. A function
 may raise pgpipeline's Unavailable, which main.py answers with 503. One that writes may also raise
 InvalidValue (422). The values in a row are bytes.
 """
@@ -68,7 +68,7 @@ class Page(NamedTuple):
 # costs as much as page 1. coalesce() keeps the condition on id an index range; OR would not.
 # LIMIT + 1 tells whether more tasks follow. row_to_json() escapes line breaks: one line, one task.
 # 1,000 tasks of escaped control characters take 33 MB, so PostgreSQL cuts the text. left() reads
-# the whole text, so CASE keeps it from short ones. string_agg() keeps the subquery's order.
+# the whole text, so CASE spares short ones that. string_agg() keeps the subquery's order.
 SELECT_TASKS = Statement("SELECT_TASKS", f"""
 SELECT CASE WHEN octet_length(lines) > {PAGE_BYTES} THEN left(lines, {PAGE_BYTES}) ELSE lines END,
     count
@@ -80,7 +80,7 @@ FROM (
         WHERE user_id = %(user_id)s
             AND id < coalesce(%(after)s, 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid)
             AND (completed = %(completed)s OR %(completed)s IS NULL)
-        ORDER BY user_id DESC, id DESC
+        ORDER BY id DESC
         LIMIT %(limit)s::integer + 1
         OFFSET %(offset)s::bigint
     ) AS page
@@ -154,7 +154,7 @@ RETURNING {COLUMNS}, version
 async def update_task(
     user_id: str, task_id: UUID, changes: dict[str, Value], versions: str | None
 ) -> TaskJSON | None:
-    """Changes a task if its version is in `versions`, an int8multirange, or None for any."""
+    """Changes a task if its version is in `versions`, ranges by If-Match, or None for any."""
     if not changes and versions is None:  # nothing to write, and no version to compare
         return await select_task(user_id, task_id)
     values: dict[str, Value] = {"user_id": user_id, "task_id": task_id, "versions": versions}
@@ -308,7 +308,7 @@ async def stop() -> None:
 
 
 async def fetch(statement: Statement, **values: Value) -> Result:
-    """Runs a statement. The pool serves tenants in turn: users, and for a login its e-mail."""
+    """Runs a statement. The pool's tenants are users, or e-mails before a login."""
     pool = reads if statement.reads_only else writes
     tenant = values.get("user_id") or values.get("email") or ""
     return await pool.execute(statement, values, str(tenant))
@@ -322,8 +322,8 @@ def to_task(result: Result) -> TaskJSON | None:
 
 
 def to_page(lines: bytes, *, has_surplus: bool) -> Page:
-    """A page of tasks, one a line, without a surplus task and what does not fit in PAGE_BYTES.
-    One task always fits, because a task's JSON has 33 KB at most."""
+    """A page of tasks, one a line, without the surplus task and what is above PAGE_BYTES.
+    One task always fits, because a task's JSON has 35 KB at most."""
     is_cut = len(lines) >= PAGE_BYTES  # left() counts characters, of one byte or more each
     if not is_cut and not has_surplus:
         return Page(b"[" + lines + b"]", None, is_cut=False)

@@ -22,7 +22,7 @@
     GET    /                          name and version (public)
 
 The task routes stand under /api/{user_id}/tasks too, where {user_id} is the token's own user or
-`me`. Every error is a problem (RFC 9457).
+`me`. Errors are problems (RFC 9457).
 """
 
 import hashlib
@@ -115,7 +115,7 @@ class TaskCreate(TaskBody):
 
     title: Title
     description: Description = None
-    completed: Completed = Field(default_factory=bool)  # False, not in OpenAPI
+    completed: Completed = Field(default_factory=bool)  # False: see NOT_SENT
 
 
 class Task(SQLModel):
@@ -147,12 +147,11 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
     pgpipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
 }  # fmt: skip
 
-# Other names of paths, like /tasks/create: see lib/paths.py.
+# Other paths, like /tasks/create, or by a login's media type: see lib/paths.py.
 ALIASES = [*aliases_of("tasks", "todos", "task", "todo"), *ACCOUNT_ALIASES]
 CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # these skip the aliases, for speed
 
-# `respond` makes a problem of an exception, for ErrorResponses and FastAPI. FastAPI serves what
-# PreparedRoutes cannot.
+# `respond` makes a problem of an exception. PreparedRoutes, faster, leaves the rest to FastAPI.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
     title="Todo",
@@ -163,7 +162,7 @@ app = openapi.DocumentedAPI(
     lifespan=startup.lifespan(db.start, db.stop),
     telemetry=telemetry(automatic=settings.fastapi_otel_auto_configure),
     middleware=[  # outermost first
-        Middleware(middleware.ClientAddress, header=settings.client_ip_header),  # a proxy's only
+        Middleware(middleware.ClientAddress, header=settings.client_ip_header),  # from proxies
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
         Middleware(middleware.ErrorResponses, respond=respond),
@@ -310,7 +309,7 @@ def written(task: db.TaskJSON) -> Response:
 
 
 async def refusal(user_id: str, task_id: UUID, conditions: Conditions) -> HTTPProblem:
-    """Why `versions` matched no row: 412 if If-Match or If-None-Match refused it, or else 404."""
+    """Why a write found no row: 412 if If-Match or If-None-Match refused it, or else 404."""
     if conditions.versions(db.SHAPE) is not None and await db.select_task(user_id, task_id):
         return precondition_failed()
     return task_not_found()
@@ -322,7 +321,7 @@ email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_take
 wrong_login = partial(Unauthorized, code="wrong_credentials", detail="Wrong e-mail or password")
 wrong_password = partial(Unauthorized, code="wrong_password", detail="Wrong current password")
 no_account = partial(HTTPProblem, 404, "This user has no account here", "account_not_found")
-too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")
+too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")  # an example
 
 
 def account_route(path: str, error: HTTPProblem, status: int = 200) -> Decorator:
@@ -454,7 +453,7 @@ async def root(request: Request) -> Response:
 
 if __name__ == "__main__":
     develop.run(
-        "main:app",
+        "main:app",  # makes what is not set:
         database=not db.settings.database_url,
         secret=not (auth.SECRET or auth.JWKS_URL),
         origins=not settings.cors_origins,

@@ -4,7 +4,7 @@
 -- leaves a table that exists as it is: write a change in the table, for new databases, and at the
 -- end of this file, for those that exist. Write each name with its schema, because a search_path
 -- may lead to another application's tables. The limits of the API stand here too, as named
--- constraints, for other programs. CREATE SCHEMA IF NOT EXISTS always needs the privilege.
+-- constraints, for other programs. A DO, as CREATE SCHEMA IF NOT EXISTS always needs the privilege.
 DO $$ BEGIN IF to_regnamespace('todo') IS NULL THEN CREATE SCHEMA todo; END IF; END $$;
 
 -- UUID version 7 (RFC 9562 section 5.7) begins with the time, so the primary key of tasks is also
@@ -16,17 +16,17 @@ RETURN overlay(
     || substring(gen_random_uuid()::text FROM 20) PLACING '7' FROM 13 FOR 0
 )::uuid;
 
--- New databases skip this: it moves the tables of releases 1.0 and 1.1 from public, told from those
--- of another application by a column and a foreign key. E-mails get the spelling that auth.py looks
--- for: in locale C lower() leaves E acute, so it gets another collation. Of two e-mails that become
--- one, the one that is spelled so keeps it, or else the older account gets it.
+-- New databases skip this: it moves the tables of releases 1.0 and 1.1 from public, if a column and
+-- a foreign key show that they are ours. E-mails become lower case, as by normal_email(): lower()
+-- in locale C leaves E acute, so another collation is named. Of two e-mails that become one, the
+-- one in lower case gets it, or else the older account. The other one stays.
 DO $move$ BEGIN
     PERFORM FROM pg_constraint
     JOIN pg_attribute ON attrelid = conrelid AND attname = 'idempotency_digest'
     JOIN pg_class ON pg_class.oid = confrelid AND relname = 'users' AND relnamespace = connamespace
     WHERE conname = 'tasks_user_id_fkey' AND connamespace = to_regnamespace('public');
     IF NOT FOUND OR to_regclass('todo.users') IS NOT NULL THEN RETURN; END IF;
-    PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true); -- for the foreign key
+    PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true); -- foreign keys need it
     ALTER TABLE public.users SET SCHEMA todo;
     ALTER TABLE public.tasks SET SCHEMA todo;
     ALTER TABLE todo.users ALTER COLUMN id SET DEFAULT todo.uuidv7()::text;
@@ -61,7 +61,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS users_email_unique ON todo.users (email);
 -- The primary key begins with the owner, and every statement names the owner, so no statement
 -- reaches another user's task, and Citus can shard by user_id. Reads need no other index: "newest
 -- first" is a backward scan of it. An index on completed would prevent HOT updates (below).
--- version counts the writes to a task and is its ETag, because two may have one updated_at.
+-- version counts the writes to a task and is its ETag, as two writes may share an updated_at.
 -- fillfactor leaves 10 % of each page free, so that an updated row stays in its page and no index
 -- has to be written (HOT, a heap-only tuple).
 CREATE TABLE IF NOT EXISTS todo.tasks (
