@@ -1,12 +1,14 @@
-"""Logs: a line of JSON on standard output for each record. Nothing waits for who reads them.
+"""Logs: a line of JSON on standard output for each record. Nobody waits for whoever reads them.
 
     logs.configure()                              # logging's own records
     logs.write("INFO", {"message": "request"})    # without logging, which takes 8 us more
+    logs.flush()                                  # before os._exit() or a signal ends the process
 
-Standard output stays blocking, because O_NONBLOCK would hold for all that share it, as a terminal's
-shell. poll() tells instead whether it takes PIPE_BUF bytes: a pipe, a socket or a terminal does.
+A line is written whole, now or with a later one, or it is dropped whole and counted. Processes that
+share a pipe do not mix lines of up to PIPE_BUF bytes, which only a long trace exceeds.
 """
 
+import atexit
 import logging
 import os
 import select
@@ -15,38 +17,48 @@ import traceback
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from pydantic_core import to_json
 
-MAX_BUFFER = 1_000_000  # bytes of lines that wait; what comes then is dropped and counted
+MAX_WAITING = 1_000_000  # bytes of lines that wait for the reader; further lines are dropped
+LAST_WAIT = 0.1  # seconds that the end of the process waits for the reader
 
 
 class Output:
-    """A file descriptor to write lines to, from any thread."""
+    """Writes lines to a file descriptor, from any thread, while poll() says that it has room.
+
+    O_NONBLOCK instead would hold for all that share the descriptor, such as a terminal's shell.
+    """
 
     def __init__(self, fd: int) -> None:
-        self.fd, self.lines, self.dropped = fd, bytearray(), 0
+        self.fd, self.waiting, self.dropped = fd, bytearray(), 0
         self.room = select.poll()
         self.room.register(fd, select.POLLOUT)
         self.lock = threading.RLock()  # the garbage collector may log while write() runs
 
     def write(self, line: bytes) -> None:
-        """Writes what can go without waiting. The rest goes with a later line."""
         with self.lock:
-            if len(self.lines) >= MAX_BUFFER:
-                self.dropped += 1
+            if len(self.waiting) < MAX_WAITING:
+                self.waiting += line
             else:
+                self.dropped += 1
+            self.flush()
+
+    def flush(self, seconds: float = 0) -> None:
+        """Writes what waits, as far as there is room within so many seconds."""
+        end = monotonic() + seconds
+        # The disk may be full, or the reader gone. A later line goes on at the byte that failed.
+        with self.lock, suppress(OSError):
+            while self.waiting and self.room.poll(max(0, end - monotonic()) * 1000):
+                # As many whole lines as fit into PIPE_BUF, or a part of one that does not fit.
+                size = self.waiting.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
+                del self.waiting[: os.write(self.fd, self.waiting[:size])]
                 if self.dropped:
                     lost = {"message": "log lines dropped", "lines": self.dropped}
-                    self.lines, self.dropped = self.lines + encode("WARNING", lost), 0
-                self.lines += line
-            try:
-                while self.lines and self.room.poll(0):
-                    del self.lines[: os.write(self.fd, self.lines[: select.PIPE_BUF])]
-            except OSError:  # as on a full disk
-                self.dropped += self.lines.count(b"\n")
-                self.lines.clear()
+                    self.waiting += encode("WARNING", lost)
+                    self.dropped = 0
 
 
 output = Output(1)
@@ -57,9 +69,13 @@ def encode(level: str, fields: dict[str, Any]) -> bytes:
 
 
 def write(level: str, fields: dict[str, Any]) -> None:
-    """Writes a line. Text that is no Unicode loses it."""
-    with suppress(ValueError):
+    with suppress(ValueError):  # text that is not Unicode, such as half of a surrogate pair
         output.write(encode(level, fields))
+
+
+def flush() -> None:
+    """Waits up to LAST_WAIT for room, so that the reason of an end is not lost."""
+    output.flush(LAST_WAIT)
 
 
 class JsonHandler(logging.Handler):
@@ -83,3 +99,4 @@ def configure() -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
+    atexit.register(flush)

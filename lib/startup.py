@@ -9,10 +9,11 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import FastAPI
 
+from lib import logs
 from lib.connect_errors import NotReady
 
 log = logging.getLogger("startup")
@@ -28,12 +29,12 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
     @asynccontextmanager
     async def run(_: FastAPI) -> AsyncIterator[None]:
         signals = (signal.SIGINT, signal.SIGTERM)
-        servers: Any = {each: signal.signal(each, lambda *_: os._exit(0)) for each in signals}
+        servers: Any = {each: signal.signal(each, lambda *_: end(0)) for each in signals}
         try:
             await start()
         except NotReady as error:
             log.critical("%s", error)
-            os._exit(1)
+            end(1)
         for each, handler in servers.items():
             signal.signal(each, handler)
         # What was made by now stays: not to walk through it again saves a tenth of each request.
@@ -42,5 +43,11 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
         gc.set_threshold(50_000, 20, 100)
         yield
         await stop()
+        logs.flush()  # uvicorn ends by the signal that stopped it, which runs no exit handler
 
     return run
+
+
+def end(code: int) -> NoReturn:
+    logs.flush()
+    os._exit(code)

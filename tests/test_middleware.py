@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import logging
-import os
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from lib import logs, middleware
+from lib import middleware
 from lib.middleware import BodyLimit, ClientAddress, ErrorResponses, RequestLog
 from lib.problems import HTTPProblem
 from lib.state import RequestState
@@ -187,30 +185,3 @@ def test_an_error_is_answered_and_one_that_ends_the_connection_says_so(
 def test_a_request_without_a_response_is_logged_as_499(capfd: pytest.CaptureFixture[str]) -> None:
     run(lambda: RequestLog(nothing)(scope(), nothing, nothing))
     assert json.loads(capfd.readouterr().out)["status"] == 499
-
-
-def test_a_log_that_cannot_be_written_is_no_requests_fault(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def write(*_: Any) -> int:
-        raise BrokenPipeError
-
-    monkeypatch.setattr(os, "write", write)
-    logs.write("INFO", {"message": "x"})
-    monkeypatch.undo()
-    logs.write("INFO", {"message": "\ud800"})
-    logs.write("INFO", {"message": "y"})
-    written = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert [line["message"] for line in written] == ["log lines dropped", "y"]
-
-
-def test_an_exceptions_text_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
-    try:
-        raise ValueError("a secret")
-    except ValueError as error:
-        info: Any = (ValueError, error, error.__traceback__)
-    record = logging.LogRecord("test", logging.ERROR, "", 0, "failed", (), info)
-    logs.JsonHandler().emit(record)
-    line = capfd.readouterr().out
-    assert json.loads(line)["exception"] == "ValueError"
-    assert "a secret" not in line

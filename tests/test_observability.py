@@ -1,5 +1,11 @@
-"""What an OpenTelemetry collector gets of the service."""
+"""What an operator sees: the log, and what an OpenTelemetry collector gets."""
 
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,9 +17,109 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from conftest import client, serving
+from conftest import HERE, client, serving
+from lib import logs
 
-pytestmark = pytest.mark.slow
+# The log.
+
+
+def test_lines_that_a_full_disk_refused_are_whole_when_it_has_room_again(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real, sizes = os.write, iter([10])
+
+    def write(fd: int, data: bytes) -> int:
+        size = next(sizes, 0)
+        if not size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data[:size])
+
+    monkeypatch.setattr(os, "write", write)
+    logs.write("INFO", {"message": "x"})
+    monkeypatch.undo()
+    logs.write("INFO", {"message": "\ud800"})  # no Unicode: it is lost
+    logs.write("INFO", {"message": "y"})
+    written = [json.loads(line)["message"] for line in capfd.readouterr().out.splitlines()]
+    assert written == ["x", "y"]
+
+
+def test_processes_that_share_a_pipe_do_not_mix_their_lines() -> None:
+    reader, writer = os.pipe()
+    ours, theirs, read = logs.Output(writer), logs.Output(writer), b""
+    lines = [letter * 700 + b"\n" for letter in (b"a", b"b")]
+    for _ in range(200):
+        ours.write(lines[0])  # of which some wait, because the pipe is full
+    for _ in range(20):
+        read += os.read(reader, 4096)
+        theirs.write(lines[1])  # which finds room between two parts of the other's
+        ours.write(lines[0])
+    os.close(writer)
+    while part := os.read(reader, 65_536):
+        read += part
+    os.close(reader)
+    assert set(read.splitlines(keepends=True)) == set(lines)
+
+
+ENDS = {
+    "a stop": "",
+    "an exception": "raise ValueError",
+    "a failed start": "raise NotReady('why')",
+    "a signal": "os.kill(os.getpid(), signal.SIGTERM)",
+}
+END = """
+import asyncio, logging, os, signal, sys
+from lib import logs, startup
+from lib.connect_errors import NotReady
+
+async def start():
+    logging.error("the last line")
+    print("ending", file=sys.stderr, flush=True)
+    {end}
+
+async def stop(): ...
+
+async def main():
+    async with startup.lifespan(start, stop)(None): ...
+    os._exit(0)  # as uvicorn, which ends by the signal that stopped it
+
+logs.LAST_WAIT = 60
+logs.configure()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_process_that_ends_waits_a_moment_for_the_reader_of_its_last_lines(end: str) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    os.write(writer, b" " * 65_536)  # it is full
+    os.set_blocking(writer, True)
+    command = [sys.executable, "-c", END.format(end=ENDS[end])]
+    with subprocess.Popen(command, cwd=HERE, stdout=writer, stderr=subprocess.PIPE) as process:
+        os.close(writer)
+        assert process.stderr and process.stderr.readline() == b"ending\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        with open(reader, "rb") as log:
+            lines = log.read().splitlines()
+    assert b"the last line" in lines[0]
+    assert len(lines) == 1 + (end == "a failed start")  # which says why
+
+
+def test_an_exceptions_text_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise ValueError("a secret")
+    except ValueError as error:
+        info: Any = (ValueError, error, error.__traceback__)
+    record = logging.LogRecord("test", logging.ERROR, "", 0, "failed", (), info)
+    logs.JsonHandler().emit(record)
+    line = capfd.readouterr().out
+    assert json.loads(line)["exception"] == "ValueError"
+    assert "a secret" not in line
+
+
+# OpenTelemetry.
+
 ERROR = "pgpipeline.errors.UnexpectedError"  # the exception that a missing table causes
 
 
@@ -90,6 +196,7 @@ def collector(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     collector.server.server_close()
 
 
+@pytest.mark.slow
 def test_requests_are_metered_by_route_and_status(collector: Collector) -> None:
     points = collector.points("http.server.request.duration")
     names = ("http.request.method", "http.route", "http.response.status_code")
@@ -98,6 +205,7 @@ def test_requests_are_metered_by_route_and_status(collector: Collector) -> None:
     assert ("GET", "/api/{user_id}/tasks/{task_id}", 200) in seen
 
 
+@pytest.mark.slow
 def test_a_trace_shows_the_time_of_each_statement_by_its_name(collector: Collector) -> None:
     spans = {span.name: span for span in collector.spans()}
     for name, route in {"INSERT_TASK": "POST /tasks", "SELECT_TASKS": "GET /tasks"}.items():
@@ -107,12 +215,14 @@ def test_a_trace_shows_the_time_of_each_statement_by_its_name(collector: Collect
         assert plain(span) == {"db.system.name": "postgresql", "db.query.summary": name}
 
 
+@pytest.mark.slow
 def test_an_error_arrives_as_one(collector: Collector) -> None:
     [error] = [span for span in collector.spans() if span.name == "GET /tasks"]
     assert (plain(error)["error.type"], error.status.code) == ("500", 2)
     assert ERROR in {record.get("exception.type") for record in collector.logs()}
 
 
+@pytest.mark.slow
 def test_nothing_that_a_user_wrote_reaches_the_collector(collector: Collector) -> None:
     everything = b"".join(body for bodies in collector.received.values() for body in bodies)
     assert b"INSERT_TASK" in everything
