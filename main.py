@@ -46,7 +46,7 @@ from starlette.middleware import Middleware
 import auth
 import db
 import pgpipeline
-from lib import cors, develop, logs, middleware, openapi, pages, problems, schemas, startup
+from lib import cors, develop, logs, middleware, openapi, problems, schemas, startup
 from lib.headers import Conditions, IdempotencyKey, IfConditions, next_link, precondition_failed
 from lib.paths import ACCOUNT_ALIASES, LOGIN_BY_TYPE, CanonicalPath, aliases_of, client_path
 from lib.problems import RETRY, HTTPProblem, Unauthorized
@@ -445,10 +445,10 @@ async def ready() -> dict[str, str]:
     return {"status": "ready"}
 
 
-@app.get("/", response_model=dict[str, str], tags=["service"])
-async def root(request: Request) -> Response:
+@app.get("/", tags=["service"])
+async def root() -> dict[str, str]:
     """Name, version, and where the documentation is."""
-    return pages.welcome(request, {"name": "todo", "version": VERSION, "docs": "/docs"})
+    return {"name": "todo", "version": VERSION, "docs": "/docs"}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ The start, and documents:
     prepare      the schema, and a look at statements and privileges
     connect_errors which errors of a connection waiting cures
     openapi      completes FastAPI's document
-    pages        Swagger UI and ReDoc without a CDN, and the page at /
+    pages        Swagger UI and ReDoc without a CDN
     develop      `python main.py`
     embedded     the PostgreSQL that pip installs
 

@@ -1,10 +1,9 @@
-"""What a browser shows: Swagger UI at /docs, ReDoc at /redoc, and a page at / that leads on.
+"""The OpenAPI document for people: Swagger UI at /docs, and ReDoc at /redoc.
 
 FastAPI's own pages take scripts of a CDN, which see what is typed into Authorize, and are blank
 without a network. They have a script within the page too, which a strict CSP forbids.
 """
 
-import json
 from html import escape
 from pathlib import Path
 from string import Template
@@ -32,22 +31,8 @@ def add_pages(app: FastAPI) -> None:
         path = request.scope["path"].removeprefix(root)
         if path in FILES:
             return FileResponse(FILES[path])
-        return page(PAGES[path], title=app.title, root=root)
+        page = Template(PAGES[path].read_text())
+        return HTMLResponse(page.substitute(title=escape(app.title), root=escape(root)))
 
     for path in PAGES | FILES:
         app.add_route(path, respond, include_in_schema=False)
-
-
-def welcome(request: Request, members: dict[str, str]) -> Response:
-    """`name`, `version` and `docs` as JSON, or as a page where the request accepts text/html."""
-    response = Response(json.dumps(members), media_type="application/json")
-    if "text/html" in request.headers.get("accept", ""):
-        response = page(HERE / "welcome.html", **members, address=str(request.base_url))
-    response.headers["Vary"] = "Accept"
-    return response
-
-
-def page(file: Path, **values: str) -> Response:
-    """A file of HTML with values, escaped: a client can write any Host."""
-    escaped = {name: escape(value) for name, value in values.items()}
-    return HTMLResponse(Template(file.read_text()).substitute(escaped))

@@ -257,7 +257,7 @@ def test_every_route_of_the_service_that_returns_a_response_is_prepared(
 
     routes = [route for route in main.app.routes if isinstance(route, APIRoute)]
     left = {route.path for route in routes if not prepare(route)}
-    assert left == {"/auth/token", "/auth/logout", "/health", "/health/ready"}
+    assert left == {"/auth/token", "/auth/logout", "/health", "/health/ready", "/"}
 
 
 @parametrize("kind", ["application/json", "text/plain", "application/jsonp", "x"])
