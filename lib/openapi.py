@@ -1,4 +1,4 @@
-"""Completes the OpenAPI document by errors and headers, when it is first asked for."""
+"""Completes FastAPI's OpenAPI document by errors and headers, when it is first asked for."""
 
 from typing import Any
 
@@ -8,27 +8,24 @@ from lib import pages
 from lib.problems import HTTPProblem, Problem
 
 PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
-# What an operation answers if it has all of these: a method, a member, the name of a parameter.
-STATUSES: list[tuple[set[str], tuple[int, ...]]] = [
-    ({"requestBody"}, (400, 408, 413, 415, 422, 503)),
-    ({"security"}, (401, 429, 503)),
-    ({"limit"}, (422,)),
-    ({"If-Match"}, (412, 422)),
-    ({"get", "If-None-Match"}, (304,)),
-    ({"Idempotency-Key"}, (400,)),
+# The errors of an operation that has all of these: a method, a key, the name of a parameter.
+STATUSES: list[tuple[set[str], set[int]]] = [
+    ({"requestBody"}, {400, 408, 413, 415, 422, 503}),
+    ({"security"}, {401, 429, 503}),
+    ({"limit"}, {422}),
+    ({"If-Match"}, {412, 422}),
+    ({"get", "If-None-Match"}, {304}),
+    ({"Idempotency-Key"}, {400}),
 ]
-# The header of an answer, what its operation has, and the statuses; without any, all of them.
-HEADERS = [
-    ("ETag", {"If-None-Match"}, "200 304", "The version, for If-Match and If-None-Match."),
-    ("ETag", {"Idempotency-Key"}, "201", "The version, for If-Match and If-None-Match."),
-    ("Link", {"limit"}, "200", '`</path?query>; rel="next"` while more follow, relative to here.'),
-    ("Location", {"Idempotency-Key"}, "201", "The path of what was stored, relative to here."),
-    ("Idempotent-Replayed", {"Idempotency-Key"}, "201", "`true` when the key was used before."),
-    ("WWW-Authenticate", set(), "401", "What was wrong with the token (RFC 6750)."),
-    ("Retry-After", set(), "429 503", "Seconds to wait."),
-    ("RateLimit-Policy", set(), "429", 'The limit: `"user";q=600;w=60`.'),
-    ("RateLimit", set(), "429", 'Seconds until the limit starts again: `"user";r=0;t=30`.'),
-    ("X-Request-ID", set(), "", "The request in the log: the id that came with it, or ours."),
+# A header of an answer: what its operation has, the statuses (none: all), and what it says.
+HEADERS: list[tuple[str, set[str], set[str], str]] = [
+    ("ETag", {"If-None-Match"}, {"200", "304"}, "The version, for If-Match and If-None-Match."),
+    ("ETag", {"Idempotency-Key"}, {"201"}, "The version, for If-Match and If-None-Match."),
+    ("Link", {"limit"}, {"200"}, 'While more follow, `</path?query>; rel="next"`.'),
+    ("Location", {"Idempotency-Key"}, {"201"}, "The path of what was stored."),
+    ("WWW-Authenticate", set(), {"401"}, "What was wrong with the token (RFC 6750)."),
+    ("Retry-After", set(), {"429", "503"}, "Seconds to wait."),
+    ("X-Request-ID", set(), set(), "The request in the log: the id that came with it, or ours."),
 ]
 
 
@@ -37,10 +34,15 @@ class DocumentedAPI(FastAPI):
 
     def __init__(self, tags: dict[str, str], **options: Any) -> None:
         """`tags` have a description each. `options` are FastAPI's."""
-        options["openapi_tags"] = [{"name": each, "description": tags[each]} for each in tags]
-        options |= {"docs_url": None, "redoc_url": None, "responses": {"4XX": {"model": Problem}}}
-        options |= {"servers": [{"url": "/"}], "license_info": {"name": "MIT", "identifier": "MIT"}}
-        super().__init__(**options)
+        defaults: dict[str, Any] = {
+            "openapi_tags": [{"name": name, "description": tags[name]} for name in tags],
+            "responses": {"4XX": {"model": Problem}},  # puts it among the schemas
+            "servers": [{"url": "/"}],
+            "license_info": {"name": "MIT", "identifier": "MIT"},
+            "docs_url": None,
+            "redoc_url": None,
+        }
+        super().__init__(**defaults | options)
         pages.add_pages(self)
 
     def openapi(self) -> dict[str, Any]:
@@ -59,14 +61,14 @@ def errors(*problems: HTTPProblem) -> dict[int | str, dict[str, Any]]:
 
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:
-    """The document, without bounds that no schema has: some generators fail on them."""
+    """Adds what FastAPI cannot know. No header gets a bound: some generators fail on it."""
     document["components"]["headers"] = {
         name: {"description": text, "schema": {"type": "string"}} for name, _, _, text in HEADERS
     }
     for item in document["paths"].values():
         for method, operation in item.items():
-            names = [parameter["name"] for parameter in operation.get("parameters", ())]
-            complete_operation(operation, {method, *operation, *names})
+            names = {parameter["name"] for parameter in operation.get("parameters", ())}
+            complete_operation(operation, {method} | operation.keys() | names)
     return document
 
 
