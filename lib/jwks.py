@@ -1,30 +1,45 @@
 """The public keys of an issuer of tokens, from a URL (RFC 7517).
 
-keys = KeySet("https://example.com/api/auth/jwks", algorithms=("EdDSA", "ES256"))
-key = await keys.find(kid="2026-11", alg="EdDSA")
+    keys = KeySet("https://example.com/api/auth/jwks", algorithms=("EdDSA", "ES256"))
+    await keys.find(kid="2026-11", alg="EdDSA")  # [the public key]
+
+What find() does for a token that a known key fits depends on the state of the key set:
+
+    FRESH     up to 10 minutes old       gives the key
+    STALE     up to 20 minutes old       starts a fetch, and gives the key
+    EXPIRED   older, or never fetched    waits for a fetch, 1 s at most; gives the key if it stays
+    DOWN      the last fetch failed      starts a fetch, and gives the key, however old it is
+
+For a token that no known key fits it waits for a fetch in any state, 5 s at most. If the fetch has
+brought a set without such a key, the answer is 401. If it failed, or has no answer yet, it is 503.
+
+A fetch starts when the last one has ended, 5 s after its start at the earliest, because anybody can
+invent a kid. Until then the outcome of the last one counts.
 """
 
 import asyncio
-import concurrent.futures
 import json
 import logging
 import threading
 import urllib.request
 from collections.abc import Collection
 from contextlib import suppress
+from enum import Enum
 from time import monotonic
+from typing import Any
 from urllib.error import HTTPError
 
 import jwt
 
 from lib.problems import RETRY, HTTPProblem
 
-LIFETIME = 600  # seconds until keys are fetched again, while requests use the old ones
-MAX_AGE = 2 * LIFETIME  # seconds until a request waits for that, and until an empty set counts
-MIN_INTERVAL = 5  # seconds between two fetches: invented kids cannot make us flood the issuer
-TIMEOUT = 5  # seconds for a fetch
-PATIENCE = 1  # seconds that a token of a known key waits for a fetch
+LIFETIME = 600  # seconds that a set is FRESH
+MAX_AGE = 2 * LIFETIME  # seconds until it is EXPIRED
+MIN_INTERVAL = 5  # seconds between the starts of two fetches
+TIMEOUT = 5  # seconds from the start of a fetch that a token without a key waits
+PATIENCE = 1  # seconds from there that a token with an EXPIRED key waits
 MAX_SIZE = 262_144  # bytes of a key set
+MAX_TRIED = 10  # keys that a token is tried with
 SAME = {"Ed25519": "EdDSA", "ESP256": "ES256"}  # RFC 9864's names, unknown to PyJWT
 
 if jwt.algorithms.has_crypto:
@@ -32,87 +47,87 @@ if jwt.algorithms.has_crypto:
         jwt.register_algorithm(name, jwt.get_algorithm_by_name(known))
 
 log = logging.getLogger("jwks")
+State = Enum("State", ["FRESH", "STALE", "EXPIRED", "DOWN"])
+Key = tuple[str | None, str, Any]  # kid (RFC 7517 section 4.5: optional), algorithm, public key
 
 
 class KeySet:
-    """The keys of one issuer. Those that were fetched once serve while the issuer is down."""
+    """The keys of one issuer."""
 
     def __init__(self, url: str, algorithms: Collection[str]) -> None:
         self.url, self.algorithms = url, algorithms
-        self.keys: dict[tuple[str | None, str], jwt.PyJWK] = {}  # by kid and algorithm
-        self.fetched = self.tried = float("-inf")
-        self.fetching: asyncio.Task[None] | None = None
+        self.keys: list[Key] = []
+        # When the keys came, and when the last fetch started, by time.monotonic().
+        self.fetched = self.started = float("-inf")
         self.failure = ""  # why the last fetch brought no set
-        self.downloading: concurrent.futures.Future[bytes] | None = None
-        self.started = 0.0  # when the download began, on the clock of time.monotonic()
+        self.answered = asyncio.Event()  # clear while a fetch is under way
+        self.answered.set()
 
-    async def find(
-        self, kid: str | None, alg: str, refused: jwt.PyJWK | None = None
-    ) -> jwt.PyJWK | None:
-        """The key that a token names, or without a kid the only one for its algorithm.
+    @property
+    def state(self) -> State:
+        age = monotonic() - self.fetched
+        if self.failure:
+            return State.DOWN
+        if age > MAX_AGE:
+            return State.EXPIRED
+        return State.STALE if age > LIFETIME else State.FRESH
 
-        None if the issuer has none. Raises HTTPProblem(503) if it cannot be asked. A key that was
-        `refused`, because it did not verify the token, may have been replaced under its kid.
+    # Finding keys...
+
+    async def find(self, kid: str | None, alg: str, refused: Collection[Any] = ()) -> list[Any]:
+        """The public keys to try a token with. [] if the issuer has none but those `refused`.
+
+        One that did not verify the token is refused, and may have been replaced under its kid.
+        Raises HTTPProblem(503) if nothing is known of the token's key.
         """
         alg = SAME.get(alg, alg)
         if alg not in self.algorithms or not self.url:
-            return None
-        key, now = self.get(kid, alg, refused), monotonic()
-        if (key is None or now - self.fetched > LIFETIME) and now - self.tried > MIN_INTERVAL:
-            self.tried = now
-            self.fetching = asyncio.create_task(self.fetch())
-        if self.fetching and key is None:
-            await asyncio.wait([self.fetching])
-        elif self.fetching and now - self.fetched > MAX_AGE and not self.failure:
-            # The key may have been taken back. While an issuer hangs, no second token waits here.
-            done, _ = await asyncio.wait([self.fetching], timeout=PATIENCE)
-            self.failure = self.failure if done else "no answer yet"
-        key = self.get(kid, alg, refused)
-        if key is None and self.failure and refused is None:
-            text = "The issuer's keys are out of reach: try again later"
-            raise HTTPProblem(503, text, "keys_unavailable", RETRY, reason=self.failure)
-        return key
+            return []
+        keys = self.fitting(kid, alg, refused)
+        if keys and self.state is State.FRESH:
+            return keys
+        self.start_fetch()
+        if not keys or self.state is State.EXPIRED:
+            end = self.started + (PATIENCE if keys else TIMEOUT)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(end - monotonic()):
+                    await self.answered.wait()
+            keys = self.fitting(kid, alg, refused)
+        if not keys and not refused and (self.failure or not self.answered.is_set()):
+            text, reason = "The issuer's keys are out of reach: try again later", self.failure
+            raise HTTPProblem(503, text, "keys_unavailable", RETRY, reason=reason or "no answer")
+        return keys
 
-    def get(self, kid: str | None, alg: str, refused: jwt.PyJWK | None) -> jwt.PyJWK | None:
+    def fitting(self, kid: str | None, alg: str, refused: Collection[Any]) -> list[Any]:
         """As find(), among the keys that are known."""
-        keys = [self.keys[its] for its in self.keys if its[1] == alg and kid in (None, its[0])]
-        return keys[0] if len(keys) == 1 and keys[0] is not refused else None
+        keys = [(its, key) for its, name, key in self.keys if name == alg and key not in refused]
+        keys = [(its, key) for its, key in keys if kid is None or its in (None, kid)]
+        return [key for _, key in keys[: MAX_TRIED - len(refused)]]
 
-    async def fetch(self) -> None:
-        """Replaces the keys. While an issuer does not answer, or not with a set, the old stay."""
+    # Fetching them...
+
+    def start_fetch(self) -> None:
+        """Starts a fetch, if one may start."""
+        if self.answered.is_set() and monotonic() - self.started > MIN_INTERVAL:
+            # A daemon, because other threads would hold up the end of the process.
+            loop = asyncio.get_running_loop()
+            threading.Thread(target=self.fetch, args=[loop], daemon=True).start()
+            self.started = monotonic()
+            self.answered.clear()
+
+    def fetch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Replaces the keys. Runs in a thread."""
         try:
-            async with asyncio.timeout(TIMEOUT):
-                body = await self.start_download()
-            keys, self.failure = self.read(body), ""
+            keys, self.failure = self.read(self.download()), ""
+            if not keys:
+                log.warning("JWKS has no key for %s", ", ".join(self.algorithms))
+            if keys or self.state is State.EXPIRED:  # a set without keys may be a mishap
+                self.keys, self.fetched = keys, monotonic()
         except Exception as error:
-            self.failure = str(error)[:200] or f"no answer within {TIMEOUT} seconds"
+            self.failure = str(error)[:200] or type(error).__name__
             log.warning("JWKS not fetched: %s", self.failure)
-            return
-        if keys or monotonic() - self.fetched > MAX_AGE:  # an empty set may be a mishap
-            self.keys, self.fetched = keys, monotonic()
-        if not keys:
-            log.warning("JWKS has no key for %s", ", ".join(self.algorithms))
-
-    def start_download(self) -> asyncio.Future[bytes]:
-        """Downloads in a daemon thread, because others hold up the end of the process.
-
-        urllib waits for ever for an answer that comes byte by byte.
-        """
-        waits = self.downloading is not None and not self.downloading.done()
-        if waits and monotonic() - self.started < LIFETIME:  # it may wait for ever
-            raise TimeoutError("no answer to an earlier request")
-        result: concurrent.futures.Future[bytes] = concurrent.futures.Future()
-        result.set_running_or_notify_cancel()  # fetch() may give up, and the thread go on
-
-        def run() -> None:
-            try:
-                result.set_result(self.download())
-            except Exception as error:
-                result.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        self.downloading, self.started = result, monotonic()
-        return asyncio.wrap_future(result)
+        with suppress(RuntimeError):  # the loop was closed
+            loop.call_soon_threadsafe(self.answered.set)
 
     def download(self) -> bytes:
         """The issuer's answer. Raises OSError, or ValueError for too long a one."""
@@ -122,13 +137,13 @@ class KeySet:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response:  # noqa: S310
                 body: bytes = response.read(MAX_SIZE + 1)
         except HTTPError as error:
-            with error:
-                raise ValueError(f"status {error.code}") from None
+            error.close()  # it holds the connection
+            raise
         if len(body) > MAX_SIZE:
             raise ValueError(f"more than {MAX_SIZE} bytes")
         return body
 
-    def read(self, body: bytes) -> dict[tuple[str | None, str], jwt.PyJWK]:
+    def read(self, body: bytes) -> list[Key]:
         """The keys that can verify a token. Raises ValueError for what is no set."""
         try:
             document = dict(json.loads(body))
@@ -138,11 +153,13 @@ class KeySet:
             raise ValueError("the discovery document: its jwks_uri is the URL of the keys")
         if not isinstance(document.get("keys"), list):
             raise ValueError('JSON without a list "keys"')
-        keys = {}
-        for each in document["keys"]:
-            with suppress(Exception):  # one that PyJWT cannot read spoils no other
-                key = jwt.PyJWK(each, SAME.get(each.get("alg"), each.get("alg")))
-                usable = key.algorithm_name in self.algorithms and "d" not in each  # not private
-                if usable and key.public_key_use in (None, "sig"):
-                    keys[key.key_id, key.algorithm_name] = key
-        return keys
+        return [key for each in document["keys"] if (key := self.read_key(each))]
+
+    def read_key(self, jwk: Any) -> Key | None:
+        """A public key for signatures by one of our algorithms. None for any other."""
+        with suppress(Exception):  # PyJWT raises many errors, and no key may spoil another
+            key = jwt.PyJWK(jwk, SAME.get(jwk.get("alg"), jwk.get("alg")))
+            is_public, is_for_signatures = "d" not in jwk, key.public_key_use in (None, "sig")
+            if key.algorithm_name in self.algorithms and is_public and is_for_signatures:
+                return key.key_id, key.algorithm_name, key.key
+        return None

@@ -3,9 +3,9 @@
     limiter = RateLimiter(storage_uri="")
     await limiter.hit("login", parse_limit("10/minute"), "ann@example.com")  # HTTPProblem(429)
 
-A dict in this process counts: 1 us a hit, where MemoryStorage of the `limits` library takes 5 to 10
-and grows without a bound. With a URI `limits` counts in Redis, for all instances together. Windows
-are fixed: around the border of two, twice the limit may pass within the length of one.
+A dict counts in 1 us, where MemoryStorage of the library `limits` takes 5 to 10 and has no bound.
+With a URI `limits` counts in Redis for all instances, and the dict while Redis fails or is slow.
+Windows are fixed, so that around the border of two twice the limit may pass.
 """
 
 import asyncio
@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from lib.problems import HTTPProblem
 
 MAX_COUNTERS = 50_000  # exact ones of one limit in one window, some 7 MB
-PAUSE = 5.0  # seconds without asking a Redis that did not answer
-TIMEOUT = 1.0  # seconds for Redis to answer
-PATIENCE = 0.1  # seconds of those for which a request waits
+PATIENCE = 0.1  # seconds that a request waits for Redis
+TIMEOUT = 1.0  # seconds after which a question is given up
+MAX_FAILURES = 3  # of Redis in a row: errors, and answers after PATIENCE
+PAUSE = 5.0  # seconds between two questions from then on
 UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
 LIMIT = r"[1-9]\d{0,8} ?/ ?(?:second|minute|hour|day)"  # what parse_limit() takes
 
@@ -40,15 +41,35 @@ def parse_limit(text: str) -> Limit:
     return Limit(int(amount), UNITS[unit.strip()])
 
 
+class Breaker:
+    """Keeps requests from waiting for a Redis that fails or is slow.
+
+    CLOSED    every request asks. MAX_FAILURES in a row open the breaker.
+    OPEN      one request asks every PAUSE seconds. An answer in time closes the breaker.
+    """
+
+    failures = 0  # in a row
+    retry_at = 0.0  # when the next request may ask, while the breaker is OPEN
+
+    def may_ask(self) -> bool:
+        is_open, now = self.failures >= MAX_FAILURES, monotonic()
+        if is_open and now < self.retry_at:
+            return False
+        self.retry_at = now + PAUSE  # while OPEN, no other asks before this one has its answer
+        return True
+
+    def record(self, is_in_time: bool) -> None:
+        self.failures = 0 if is_in_time else self.failures + 1
+
+
 class RateLimiter:
     """Counts in fixed windows. A window that is over is dropped as a whole."""
 
     def __init__(self, storage_uri: str = "") -> None:
-        """Without a URI no other instance's hits count."""
+        """A URI is like redis://host:6379. Without one no other instance's hits count."""
         self.windows: dict[str, tuple[float, dict[str | int, int]]] = {}  # by name: end, counters
         self.shared: Any = connect(storage_uri) if storage_uri else None
-        self.paused_until = 0.0  # 0 while Redis answers
-        self.slow: asyncio.Task[float | None] | None = None  # the question that others wait behind
+        self.breaker = Breaker()
 
     async def hit(self, name: str, limit: Limit | None, *keys: str) -> None:
         """Counts one for the first key. Raises HTTPProblem(429) above the limit, if there is one.
@@ -58,11 +79,18 @@ class RateLimiter:
         """
         if limit is None:
             return
-        wait = await self.ask(name, limit, keys[0]) if self.shared else None
+        wait = None
+        if self.shared and self.breaker.may_ask():
+            wait = await self.ask(name, limit, keys[0])
         if wait is None:
             wait = self.count(name, limit, keys)
         if wait:
-            raise too_many_requests(name, limit, seconds=ceil(wait))
+            seconds = ceil(wait)
+            text = f"Too many attempts: try again in {seconds} second{'s' if seconds > 1 else ''}"
+            headers = {"Retry-After": str(seconds)}  # and draft-ietf-httpapi-ratelimit-headers-10
+            headers["RateLimit-Policy"] = f'"{name}";q={limit.amount};w={limit.seconds}'
+            headers["RateLimit"] = f'"{name}";r=0;t={seconds}'
+            raise HTTPProblem(429, text, headers=headers)
 
     def count(self, name: str, limit: Limit, keys: tuple[str, ...]) -> float:
         """Counts one here. Above the limit it gives the seconds to wait, or else 0."""
@@ -79,17 +107,13 @@ class RateLimiter:
         return ends - now if counters[key] > limit.amount else 0.0
 
     async def ask(self, name: str, limit: Limit, key: str) -> float | None:
-        """As count(), in Redis. None when it does not answer in time, or has not answered others.
-
-        While one question waits for a frozen Redis, or tries it after a pause, the rest count here.
-        """
-        if monotonic() < self.paused_until or (self.slow and not self.slow.done()):
-            return None
-        asked = asyncio.create_task(self.count_in_redis(name, limit, key))
-        self.slow = asked if self.paused_until else None
-        done, _ = await asyncio.wait([asked], timeout=PATIENCE)
-        self.slow = self.slow if done else asked
-        return asked.result() if done else None
+        """As count(), in Redis. None if it fails or takes longer than PATIENCE."""
+        # A question goes on after that: a connection may take longer to make, and serves others.
+        question = asyncio.create_task(self.count_in_redis(name, limit, key))
+        done, _ = await asyncio.wait([question], timeout=PATIENCE)
+        answer = question.result() if done else None
+        self.breaker.record(is_in_time=answer is not None)
+        return answer
 
     async def count_in_redis(self, name: str, limit: Limit, key: str) -> float | None:
         from limits import RateLimitItemPerSecond
@@ -102,14 +126,12 @@ class RateLimiter:
                     wait = max(window.reset_time - time(), 0) + 0.5  # Redis rounds its seconds
         except Exception as error:
             log.warning("rate limit storage failed: %s", type(error).__name__)
-            self.paused_until = monotonic() + PAUSE
             return None
-        self.paused_until = 0.0
         return wait
 
 
 def connect(uri: str) -> Any:
-    """What counts behind a URI like redis://host:6379. Imported here: `limits` takes 1.6 MB."""
+    """What counts behind a URI. Imported here, because `limits` takes 1.6 MB."""
     from limits.aio.strategies import FixedWindowRateLimiter
     from limits.storage import storage_from_string
 
@@ -126,11 +148,3 @@ def networks(address: str) -> list[str]:
     ip = getattr(ip, "ipv4_mapped", None) or ip
     lengths = (32, 24, 16) if ip.version == 4 else (64, 48, 32)
     return [str(ip_network(f"{ip}/{bits}", strict=False)) for bits in lengths]
-
-
-def too_many_requests(name: str, limit: Limit, seconds: int) -> HTTPProblem:
-    """429 with Retry-After, and the fields of draft-ietf-httpapi-ratelimit-headers-10."""
-    headers = {"RateLimit-Policy": f'"{name}";q={limit.amount};w={limit.seconds}'}
-    headers |= {"RateLimit": f'"{name}";r=0;t={seconds}', "Retry-After": str(seconds)}
-    text = f"Too many attempts: try again in {seconds} second{'s' if seconds > 1 else ''}"
-    return HTTPProblem(429, text, headers=headers)

@@ -1,7 +1,7 @@
 """Verifies JWTs (RFC 7519): the signature first, and then what the claims say.
 
-verifier = TokenVerifier(secret, key_set, Rules(issuer="https://app.example", …))
-user_id, expires = await verifier.verify(token)     # raises Unauthorized
+verifier = TokenVerifier(secret, key_set, Rules(issuer="https://app.example", ...))
+user_id, expires, by_issuer = await verifier.verify(token)  # raises Unauthorized
 """
 
 import re
@@ -36,9 +36,8 @@ class TokenVerifier:
     async def verify(self, token: str) -> tuple[str, float, bool]:
         """The user id, the expiry in seconds since 1970, and whether an outside issuer signed it.
 
-        Raises Unauthorized. A token with a good signature is told what is wrong with it; why a
-        signature is refused stands in the log alone. Raises HTTPProblem(503) while the issuer's
-        keys are out of reach.
+        Raises Unauthorized, which says which claim is wrong, but not why a signature is. Raises
+        HTTPProblem(503) while the issuer's keys are out of reach.
         """
         if token.count(".") != 2:
             text = "not a JWT: an opaque session token has to be exchanged for one"
@@ -55,14 +54,17 @@ class TokenVerifier:
             raise Unauthorized(reason=str(error)[:100]) from None
 
     async def decode_by_issuer(self, token: str, alg: str, kid: str | None) -> dict[str, Any]:
-        key = await self.key_set.find(kid, alg)
-        try:
-            return decode(token, alg, key)
-        except jwt.InvalidSignatureError:
-            key = await self.key_set.find(kid, alg, refused=key)  # replaced under its kid, perhaps
-            if key is None:
-                raise
-            return decode(token, alg, key)
+        """Tries the known keys that fit, and then those that have replaced them, if any."""
+        tried: list[Any] = []
+        error: jwt.PyJWTError = jwt.InvalidKeyError(f"no key for {alg:.16}, or none with its kid")
+        while keys := await self.key_set.find(kid, alg, refused=tried):
+            for key in keys:
+                try:
+                    return decode(token, alg, key)
+                except (jwt.InvalidSignatureError, jwt.InvalidKeyError) as refusal:
+                    error = refusal
+            tried += keys
+        raise error
 
     def read(self, claims: dict[str, Any]) -> tuple[str, float]:
         """The user id and the expiry. Raises Unauthorized that names the first wrong claim."""
@@ -72,12 +74,11 @@ class TokenVerifier:
             if is_needed and claims.get(name) is None:
                 raise Unauthorized(description=f"the token has no claim {name}")
         self.check_times(claims)
-        audiences = claims.get("aud")
+        sent = claims.get("aud")
+        audiences = sent if isinstance(sent, list) else [sent]
         if rules.issuer and claims["iss"] != rules.issuer:
             raise Unauthorized(description="the token is of another issuer")
-        if rules.audience and rules.audience not in (
-            audiences if isinstance(audiences, list) else [audiences]
-        ):
+        if rules.audience and rules.audience not in audiences:
             raise Unauthorized(description="the token is for another audience")
         user_id, size = claims[rules.user_claim], rules.max_user_id
         is_text = isinstance(user_id, str) and user_id.isprintable()
@@ -102,10 +103,9 @@ class TokenVerifier:
             raise Unauthorized(code="token_expired", description="the token has expired")
 
 
-def decode(token: str, alg: str, key: str | jwt.PyJWK | None) -> dict[str, Any]:
+def decode(token: str, alg: str, key: Any) -> dict[str, Any]:
     """Verifies the signature. PyJWT would take "1" for a time, so it judges no claim."""
-    if key is None:
-        raise jwt.InvalidKeyError(f"no key for the algorithm {alg:.16}, or none with its kid")
     claims = ("exp", "nbf", "iat", "iss", "aud", "sub", "jti")
     options: Any = {f"verify_{name}": False for name in claims}
-    return jwt.decode(token, key if isinstance(key, str) else key.key, [alg], options=options)
+    options["enforce_minimum_key_length"] = True  # of RSA 2048 bits: RFC 7518 section 3.3
+    return jwt.decode(token, key, [alg], options=options)
