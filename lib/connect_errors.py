@@ -1,4 +1,7 @@
-"""Tells whether waiting cures an error of a connection, as it does while a database starts."""
+"""Tells whether waiting cures an error of a connection.
+
+What is not listed here is waited for: DNS may know a name only when the database has started.
+"""
 
 import asyncio
 import os
@@ -8,15 +11,16 @@ import select
 import psycopg
 from psycopg.pq import PGconn, PollingStatus
 
-# What waiting does not cure: SQLSTATEs of PostgreSQL, words of libpq and psycopg, which have no
-# codes, and of poolers, whose codes tell little. Those words are English everywhere.
+# SQLSTATEs: features (0A, 55000), values (22), logins (28), databases (3D), privileges (42).
 HOPELESS_STATES = ("0A", "22", "28", "3D", "42", "55000")
-HOPELESS = re.compile(
-    r"certificate|private key|not support SSL|sslmode|channel binding|invalid |no password"
-    r"|authentication (failed|method|request)|not known|No address"
-    r"|no such (database|user)|unsupported startup|not (be )?found|not specified|is disabled"
+# libpq has no codes, and poolers send 08P01 or XX000 for everything. Their words are English.
+HOPELESS_WORDS = re.compile(
+    r"certificate|private key|not support SSL|invalid |no password|channel binding"
+    r"|authentication (failed|method|request)"
+    r"|no such (database|user)"  # PgBouncer
+    r"|not (be )?found|not specified|is disabled"  # Supabase, Neon
 )
-PATIENCE = 3.0  # seconds that each step of connecting may take
+NAMES = re.compile(r"\"[^\"]*\"|'[^']*'")  # of hosts, files and the like
 
 
 class NotReady(Exception):
@@ -29,21 +33,16 @@ async def explain(error: psycopg.OperationalError, conninfo: str) -> str:
     # DETAIL and HINT follow the line that counts. Of several addresses one may have a server.
     line = next((line for line in lines if re.search("FATAL|ERROR", line)), lines[0])
     text = f"DATABASE_URL does not work: {line}"
-    if HOPELESS.search(line):
-        raise NotReady(text) from None
     sqlstate = error.sqlstate
     if not sqlstate:  # there was no connection
         sqlstate = await asyncio.to_thread(sqlstate_of_connecting, conninfo)
-    if sqlstate.startswith(HOPELESS_STATES):
+    if sqlstate.startswith(HOPELESS_STATES) or HOPELESS_WORDS.search(NAMES.sub("", line)):
         raise NotReady(text) from None
     return text
 
 
 def sqlstate_of_connecting(conninfo: str) -> str:
-    """The SQLSTATE with which a server refuses a connection, or "". Blocks.
-
-    The server's words may be in any language, and libpq tells the code to its trace only.
-    """
+    """The SQLSTATE of a refused connection, or "": libpq has it in its trace only. Blocks."""
     if not hasattr(os, "memfd_create"):  # psycopg traces on Linux only
         return ""
     with os.fdopen(os.memfd_create("trace"), "rb") as trace:
@@ -52,7 +51,7 @@ def sqlstate_of_connecting(conninfo: str) -> str:
         while (status := connection.connect_poll()) not in (PollingStatus.OK, PollingStatus.FAILED):
             waiting = [connection.socket]
             reads, writes = (waiting, []) if status == PollingStatus.READING else ([], waiting)
-            if not any(select.select(reads, writes, [], PATIENCE)):
+            if not any(select.select(reads, writes, [], 3)):  # seconds for this step
                 break
         connection.untrace()
         trace.seek(0)

@@ -9,36 +9,31 @@ from psycopg import conninfo, pq
 PASTED = re.compile(
     r"(?:export\s+)?(?:DATABASE_URL\s*=\s*)?(?:psql\s+(?:-d\s+)?)?(['\"]?)(.*?)\1\s*;?", re.DOTALL
 )
-SCHEME = re.compile(r"(jdbc:)?(postgres|postgresql|psql|pgsql|postgis)(\+\w+)?", re.IGNORECASE)
-PLACEHOLDER = re.compile(r"\[.*\]|<.*>|\*+|\$\{.*\}|your[-_ ]?password", re.IGNORECASE)
+SCHEME = re.compile(r"(jdbc:)?(postgres|postgresql|psql|pgsql|postgis)(\+\w+)?://", re.IGNORECASE)
+# Parts as libpq finds them: user and password end at the first @, if no slash stands before it.
+PARTS = re.compile(r"((?:[^@/]*@)?[^@?]*)(?:\?(.*))?", re.DOTALL)
 LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
-# Of Prisma, asyncpg, SQLAlchemy, node-postgres, pgx, JDBC, Django and Rails: pools, caches,
-# timeouts and the like, which this service has its own of.
+# Of Prisma, asyncpg, SQLAlchemy, node-postgres, pgx, JDBC, Django, Rails: the service has its own.
 HARMLESS = re.compile(
-    r"((current)?schema|search_path|pgbouncer|supa|workaround|uselibpqcompat|application_?name"
-    r"|charset|encoding|time_?zone|engine|min(_?size)?|max(_?size)?|fetch_types|stringtype"
-    r"|rewrite.*inserts|atomic_requests|.*(pool|cache|timeout|limit|lifetime|idle|_age|health"
-    r"|prepare|alive|echo|overflow|cursor|protocol|exec_mode|binary|async).*)=.*"
-    r"|sslaccept=accept_invalid_certs",
-    re.IGNORECASE,
+    r"(?i)schema|search_path|bouncer|supa|workaround|libpqcompat|application|charset|encoding|zone"
+    r"|engine|^min|^max|fetch_types|stringtype|inserts|atomic|pool|cache|timeout|limit|lifetime"
+    r"|idle|_age|health|prepare|alive|echo|overflow|cursor|protocol|exec_mode|binary|async"
 )
-SEARCH_PATH = re.compile(
-    r"(?:[?&\s]|-c|--)(?:currentSchema|schema|search_path)\s*=\s*([^\s&]+)", re.IGNORECASE
-)
+SEARCH_PATH = re.compile(r"(?i)(?:[?&\s]|-c|--)(?:(?:current)?schema|search_path)\s*=\s*([^\s&]+)")
 SSLMODES = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
 SSLMODES |= {"no-verify": "require"}  # as libpq's require
+PLACEHOLDER = re.compile(r"\[.*\]|<.*>|\*+|\$\{.*\}|your[-_ ]?password", re.IGNORECASE)
 DEFAULTS = {"connect_timeout": "3", "keepalives_idle": "30"}
 MALFORMED = (
     "DATABASE_URL is not of the form postgresql://user:password@host/database: write @ in a name"
-    " or a password as %40, / as %2F, : as %3A, # as %23 and % as %25"
+    " or a password as %40, / as %2F, : as %3A and % as %25"
 )
 
 
 def connection_string(database_url: str, schema: str) -> str:
     """DATABASE_URL as a conninfo, over DEFAULTS. `schema`, of the tables, is application_name too.
 
-    Parameters that only other drivers know are dropped. Raises SystemExit with one line about one
-    that means something and cannot be heeded, or another mistake. The line never has a password.
+    Drops harmless parameters of other drivers. Raises SystemExit with one line without a password.
     """
     pasted = PASTED.fullmatch(database_url.strip("\ufeff\u200b \t\r\n"))
     text = pasted[2].strip() if pasted else ""
@@ -59,27 +54,26 @@ def connection_string(database_url: str, schema: str) -> str:
     return conninfo.make_conninfo("", **defaults | given | {"client_encoding": "utf8"})
 
 
-def uri_for_libpq(text: str) -> str:
+def uri_for_libpq(uri: str) -> str:
     """A URI that has libpq's scheme and parameters only. Raises SystemExit."""
-    scheme, _, rest = text.partition("://")
-    if not SCHEME.fullmatch(scheme):
+    scheme = SCHEME.match(uri)
+    if not scheme:
         raise SystemExit("DATABASE_URL is not of PostgreSQL: it begins with postgresql://")
-    user, at, rest = rest.rpartition("@")  # the last @, because a password may have one
-    if re.search("[@/]", user):
+    parts = PARTS.fullmatch(uri, scheme.end())
+    if not parts:  # an @ or a slash in a name or a password
         raise SystemExit(MALFORMED)
-    host, _, query = rest.partition("?")
-    kept = []
-    for each in query.split("&"):
-        name, _, value = each.partition("=")
-        if name == "sslmode" or (name == "ssl" and "sslmode=" not in query):
-            kept.append(f"sslmode={SSLMODES.get(value, value)}")
-        elif name == "ssl":
-            continue  # the other driver's word, beside libpq's
-        elif name in LIBPQ:
-            kept.append(each)
-        elif each and not HARMLESS.fullmatch(each):
-            if "=" not in each:  # a part of a password with & in it
-                raise SystemExit(f"{MALFORMED}, and & as %26")
-            text = "DATABASE_URL has a parameter unknown to PostgreSQL, remove it"
-            raise SystemExit(f"{text}: {name}")
-    return f"postgresql://{user}{at}{host}?{'&'.join(kept)}"
+    place, query = parts.groups("")
+    given = {}
+    for each in filter(None, query.split("&")):
+        name, equals, given[name] = each.partition("=")
+        if not equals:  # a part of a password with & in it
+            raise SystemExit(f"{MALFORMED}, and & as %26")
+    if "ssl" in given:  # the word of other drivers, which does not weaken libpq's
+        given.setdefault("sslmode", given.pop("ssl"))
+    if mode := given.get("sslmode"):
+        given["sslmode"] = SSLMODES.get(mode, mode)
+    for name in given.keys() - LIBPQ:
+        if not HARMLESS.search(name):
+            raise SystemExit(f"DATABASE_URL has an unknown parameter, remove it: {name}")
+    kept = "&".join(f"{name}={given[name]}" for name in given.keys() & LIBPQ)
+    return f"postgresql://{place}?{kept}"

@@ -30,10 +30,10 @@ ROLE = "todo_dml_test"
 DML = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA todo"
 
 
-def prepared(url: str, *statements: Statement) -> None:
+def prepared(url: str, *statements: Statement, schema: Path = SCHEMA) -> None:
     """Does what a start does, with the service's statements if there are no others."""
     given = list(statements) or db.STATEMENTS
-    asyncio.run(prepare_database(connection_string(url, "todo"), SCHEMA, "todo.tasks", given))
+    asyncio.run(prepare_database(connection_string(url, "todo"), schema, "todo.tasks", given))
 
 
 def refusal(url: str, *statements: Statement) -> str:
@@ -210,6 +210,20 @@ def test_a_start_that_fails_leaves_the_database_as_it_was(empty: str, text: str)
     assert query(empty, "SELECT to_regnamespace('todo')") == [(None,)]
 
 
+@parametrize(
+    ("index", "named"),
+    [("users_email_unique", "INSERT_ACCOUNT"), ("tasks_idempotency_key", "INSERT_TASK")],
+)
+def test_an_index_that_somebody_dropped_stops_the_start_and_can_be_made_again(
+    empty: str, index: str, named: str
+) -> None:
+    prepared(empty)
+    execute(empty, f"DROP INDEX todo.{index}")
+    assert f"release: {named}: " in refusal(empty)
+    execute(empty, *(line.removesuffix("--") for line in lines_to_type("An index that is missing")))
+    prepared(empty)
+
+
 # Settings of a database.
 
 
@@ -260,7 +274,7 @@ WORKS = "postgresql://u:p%40@h:1/d"
         f"{WORKS}?prepared_statement_cache_size=0&command_timeout=5", f"{WORKS}?conn_max_age=600",
         f"{WORKS}?uselibpqcompat=true&max=20&idleTimeoutMillis=1&statement_timeout=1", f"{WORKS}?",
         f"{WORKS}?supa=base-pooler.x&pool_size=5&max_overflow=2", f"{WORKS}?client_encoding=latin1",
-        "host=h port=1 dbname=d user=u password='p@'",
+        "host=h port=1 dbname=d user=u password='p@'", "jdbc:postgresql://h:1/d?password=p@&user=u",
     ],
 )  # fmt: skip
 def test_a_database_url_is_taken_as_people_have_it(given: str) -> None:
@@ -334,10 +348,15 @@ def test_an_error_that_waiting_does_not_cure_ends_the_start_in_any_language(sqls
     assert line.endswith("ВАЖНО:  доступ запрещён")
 
 
-def test_an_error_that_waiting_cures_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "STARTUP_TIMEOUT", 4.0)
-    line = refusal(fake_server("57P03", "система баз данных запускается"))
-    assert line.startswith("no database after 4 seconds: DATABASE_URL does not work: ")
+@parametrize("host", ["", "certificate-not-known.invalid"])
+def test_an_error_that_waiting_cures_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setattr(prepare, "STARTUP_TIMEOUT", 2.0)
+    url = fake_server("57P03", "система баз данных запускается")
+    line = refusal(f"postgresql://u@{host}/d" if host else url)
+    assert line.startswith("no database after 2 seconds: DATABASE_URL does not work: ")
+    assert host in line
 
 
 def test_the_line_of_a_database_is_its_error_and_not_a_detail(empty: str) -> None:
@@ -394,10 +413,10 @@ def test_a_pooler_without_a_free_connection_is_named_and_not_waited_for_longer(
     with pgbouncer(database, tmp_path, tracks=0, size=1) as url, psycopg.connect(url) as other:
         other.execute("SELECT 1")
         begun = monotonic()
-        assert "a pooler may have no server connection free" in refusal(url)
+        assert "a pooler without a free connection" in refusal(url)
         assert monotonic() - begun < 20
     [message] = [record.message for record in caplog.records if record.name == "postgres"]
-    assert "no server connection free" in message
+    assert "a pooler without a free connection" in message
 
 
 def test_a_start_on_a_lock_says_what_it_waits_for_and_goes_on(by_hand: str, tmp_path: Path) -> None:
@@ -408,3 +427,25 @@ def test_a_start_on_a_lock_says_what_it_waits_for_and_goes_on(by_hand: str, tmp_
             messages = [line["message"] for line in server.log()]
     assert any("waits for a lock on a table" in message for message in messages)
     assert "schema applied" in messages
+
+
+def test_a_lock_that_nobody_releases_ends_the_start(
+    by_hand: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "STARTUP_TIMEOUT", 1.0)
+    with psycopg.connect(by_hand) as other:
+        other.execute("LOCK TABLE todo.tasks")
+        line = refusal(by_hand)
+    assert line.startswith("no database after 1 seconds: the start waits for a lock on a table")
+
+
+def test_a_migration_takes_the_time_that_it_takes(
+    empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(prepare, "STARTUP_TIMEOUT", 3.0)
+    execute(empty, "ALTER DATABASE todo_many_test SET statement_timeout = '2s'")
+    schema = tmp_path / "schema.sql"
+    schema.write_text(SCHEMA.read_text() + "SELECT pg_sleep(4);")
+    prepared(empty, schema=schema)
+    assert caplog.messages == ["the schema is being applied", "schema applied"]

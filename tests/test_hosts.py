@@ -1,5 +1,6 @@
 """The files by which hosts start the service."""
 
+import asyncio
 import json
 import os
 import re
@@ -7,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 import yaml
+from fastapi import FastAPI
 
 from conftest import (
     HERE,
@@ -27,7 +30,7 @@ from conftest import (
     token,
     wait_for_start,
 )
-from lib import middleware, serve
+from lib import middleware, serve, startup
 
 COMMAND = (HERE / "Procfile").read_text().removeprefix("web: ").strip()
 DOCKERFILE = (HERE / "Dockerfile").read_text()
@@ -130,3 +133,18 @@ def test_the_dockerfiles_steps_work_in_a_clean_environment(database: str, tmp_pa
         assert subprocess.run(probe, env=environ).returncode == 0
         process.terminate()
     assert subprocess.run(probe, env=environ, stderr=subprocess.DEVNULL).returncode != 0
+
+
+def test_a_service_in_a_thread_of_another_program_stops_though_its_use_fails() -> None:
+    calls = []
+
+    async def call(name: str) -> None:
+        calls.append(name)
+
+    async def use() -> None:
+        async with startup.lifespan(lambda: call("start"), lambda: call("stop"))(FastAPI()):
+            raise LookupError
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(LookupError):
+        pool.submit(asyncio.run, use()).result()
+    assert calls == ["start", "stop"]

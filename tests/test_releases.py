@@ -129,4 +129,5 @@ def test_a_release_with_a_new_column_and_the_way_back_fail_no_request(
             time.sleep(1)
             second.close()
             time.sleep(1)
+        assert "schema applied" not in [line["message"] for line in again.log()]
         assert old.failures() == new.failures() == again.failures() == []
