@@ -9,27 +9,13 @@ async with ConnectionPool(conninfo, max_size=8) as connections:
     await pool.close()
 """
 
-from pgpipeline.connection import ConnectionPool
-from pgpipeline.errors import (
-    ForeignKeyViolation,
-    InvalidValue,
-    Unavailable,
-    UnexpectedError,
-    UniqueViolation,
-)
-from pgpipeline.pool import PipelinePool
-from pgpipeline.result import Result
-from pgpipeline.statement import Statement, Value
-
-__all__ = [
-    "ConnectionPool",
-    "ForeignKeyViolation",
-    "InvalidValue",
-    "PipelinePool",
-    "Result",
-    "Statement",
-    "Unavailable",
-    "UnexpectedError",
-    "UniqueViolation",
-    "Value",
-]
+from pgpipeline.connection import ConnectionPool as ConnectionPool
+from pgpipeline.errors import ForeignKeyViolation as ForeignKeyViolation
+from pgpipeline.errors import InvalidValue as InvalidValue
+from pgpipeline.errors import Unavailable as Unavailable
+from pgpipeline.errors import UnexpectedError as UnexpectedError
+from pgpipeline.errors import UniqueViolation as UniqueViolation
+from pgpipeline.pool import PipelinePool as PipelinePool
+from pgpipeline.result import Result as Result
+from pgpipeline.statement import Statement as Statement
+from pgpipeline.statement import Value as Value

@@ -8,9 +8,9 @@ import psycopg
 from psycopg.generators import fetch
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
-MAX_IDLE = 15.0  # seconds after which an idle connection is tested before it is used
-TEST_TIMEOUT = 1.0  # seconds for the answer to that test
-MAX_ROUND_TRIP = 0.4  # seconds: what took longer was waiting, not distance
+MAX_IDLE = 15.0  # seconds after which an idle connection is pinged before it is used
+PING_TIMEOUT = 1.0  # seconds for the answer
+MAX_ROUND_TRIP = 0.4  # seconds: whatever took longer was not the distance
 
 
 class Connection(psycopg.AsyncConnection[Any]):
@@ -25,22 +25,22 @@ class Connection(psycopg.AsyncConnection[Any]):
         self.prepared, self.last_used = set(), time()
         self.pgconn.enter_pipeline_mode()
         started = monotonic()
-        await self.test(10 * TEST_TIMEOUT)
+        await self.ping(10 * PING_TIMEOUT)  # a database that wakes up takes some
         self.round_trip = min(monotonic() - started, MAX_ROUND_TRIP)
 
     async def check(self) -> None:
         """Raises psycopg.Error when the server has gone.
 
         A server that ended the connection has said so, and reading that takes 1 us. One that
-        vanished has said nothing, so a connection that was idle for MAX_IDLE is tested too.
+        vanished has said nothing, so a connection that was idle for MAX_IDLE is pinged too.
         """
         self.pgconn.consume_input()  # finds PostgreSQL's last message
         self.pgconn.consume_input()  # finds the end of the stream behind it
         if time() - self.last_used > MAX_IDLE:
-            await self.test(TEST_TIMEOUT)
+            await self.ping(PING_TIMEOUT)
 
-    async def test(self, seconds: float) -> None:
-        """Waits for the answer to a Sync. It is a round trip, and no query in a pooler's log."""
+    async def ping(self, seconds: float) -> None:
+        """Waits for the answer to a Sync, which is a round trip without a query."""
         self.pgconn.pipeline_sync()
         self.pgconn.flush()
         await self.wait(fetch(self.pgconn), timeout=seconds)
@@ -66,9 +66,9 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
     async def acquire(self) -> Connection:
         """Waits for a connection that works, and for the pool to be open."""
         while True:
-            try:  # again after a second: being asked is what makes the pool connect
+            try:
                 connection = await self.getconn(timeout=1)
-            except PoolTimeout:
+            except PoolTimeout:  # ask again, because that is what makes the pool connect
                 continue
             except PoolClosed:  # or not yet open
                 await asyncio.sleep(0.5)
@@ -76,19 +76,14 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
             try:
                 await connection.check()
                 return connection
-            except psycopg.Error:  # the server may have gone for the other idle ones as well
-                await self.discard(connection)
-                await self.drain()
-            except BaseException:  # the pool was closed meanwhile
-                await self.discard(connection)
-                raise
+            except BaseException as error:
+                await connection.close()
+                await self.release(connection)
+                if not isinstance(error, psycopg.Error):  # this task was cancelled
+                    raise
+            await self.drain()  # the server may have gone for the other idle ones as well
 
     async def release(self, connection: Connection) -> None:
-        """Gives a connection back, for whoever acquires next."""
+        """Gives a connection back, for whoever acquires next. The pool replaces a closed one."""
         connection.last_used = time()
-        await self.putconn(connection)
-
-    async def discard(self, connection: Connection) -> None:
-        """Closes a connection. The pool makes another in its place."""
-        await connection.close()
         await self.putconn(connection)

@@ -29,19 +29,22 @@ class UnexpectedError(Exception):
 
 # The statement was not executed, or was rolled back. So it may be sent again, a write too.
 RETRYABLE = {
-    "0A000",  # feature_not_supported: a table's columns changed under a prepared statement
-    "25006",  # read_only_sql_transaction: since a failover the connection leads to a standby
-    "26000",  # invalid_sql_statement_name: DEALLOCATE ALL, or the statement was refused before
+    "26000",  # invalid_sql_statement_name: DEALLOCATE ALL, or its Parse was refused before
     "40001",  # serialization_failure
     "40P01",  # deadlock_detected
     "42P05",  # duplicate_prepared_statement
     "57014",  # query_canceled: a cancellation that was meant for the statement before it
 }
 CONFLICTS = {"40001", "40P01"}  # with another transaction, which needs some time to end
+SHUTDOWN = {"57P01", "57P05"}  # admin_shutdown, idle_session_timeout
 
 
-def sqlstate_of(result: PGresult) -> str:
-    return field_of(result, DiagnosticField.SQLSTATE)
+def is_outdated(result: PGresult) -> bool:
+    """Whether a table's columns have changed since the statement was prepared.
+
+    It is 0A000, as whatever PostgreSQL cannot do, and told from that by the function it comes from.
+    """
+    return result.error_field(DiagnosticField.SOURCE_FUNCTION) == b"RevalidateCachedQuery"
 
 
 def error_of(name: str, result: PGresult) -> Exception:
@@ -60,6 +63,10 @@ def error_of(name: str, result: PGresult) -> Exception:
         return Unavailable(f"{name}: {sqlstate}")
     text = field_of(result, DiagnosticField.MESSAGE_PRIMARY) if sqlstate[:2] == "42" else ""
     return UnexpectedError(f"{name}: {sqlstate} {text}".strip())
+
+
+def sqlstate_of(result: PGresult) -> str:
+    return field_of(result, DiagnosticField.SQLSTATE)
 
 
 def field_of(result: PGresult, field: DiagnosticField) -> str:

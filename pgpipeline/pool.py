@@ -4,12 +4,11 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from time import monotonic
 
 from pgpipeline.connection import ConnectionPool
 from pgpipeline.errors import CONFLICTS, Unavailable
-from pgpipeline.pipeline import SLOW, Pipeline
+from pgpipeline.pipeline import SLOW, Pipeline, State, fail
 from pgpipeline.queue import Query, Queue
 from pgpipeline.result import Result
 from pgpipeline.statement import Statement, Value, encode
@@ -18,26 +17,22 @@ QUERY_TIMEOUT = 5.0  # seconds until a query has failed, wherever it has spent t
 MAX_ATTEMPTS = 3  # to execute a query
 MAX_CONFLICTS = 10  # attempts, where they end in a conflict with another transaction
 PAUSE = 0.005  # seconds: a pause after a conflict is up to twice that, and doubles each time
-RECONNECT = 0.1  # seconds until a pipeline that got no connection is replaced
+
+# A context for the time that a statement takes, as tracers have it.
+Span = Callable[[Statement], AbstractContextManager[object]]
 
 
 class PipelinePool:
     """A fair queue, and up to `size` pipelines with at most `depth` queries under way on each."""
 
     def __init__(
-        self,
-        connections: ConnectionPool,
-        size: int,
-        depth: int,
-        span: Callable[[Statement], AbstractContextManager[object]] = nullcontext,
+        self, connections: ConnectionPool, size: int, depth: int, span: Span = nullcontext
     ) -> None:
-        """`span` gives a context for the time that a statement takes, as a tracer does."""
         self.connections, self.size, self.depth, self.span = connections, size, depth, span
         self.queue = Queue(size)
         self.pipelines: dict[Pipeline, asyncio.Task[None]] = {}
-        self.cancelling: set[asyncio.Task[None]] = set()
         self.last_answer = float("-inf")  # on the clock of time.monotonic()
-        self.scheduled = self.is_closed = False
+        self.is_scheduled = self.is_closed = False
 
     async def execute(
         self, statement: Statement, values: Mapping[str, Value], tenant: str = ""
@@ -67,10 +62,9 @@ class PipelinePool:
     async def close(self) -> None:
         """Ends all pipelines. Queries that wait or are under way fail, and so do later ones."""
         self.is_closed = True
-        lines = [tenant.line for tenant in self.queue.tenants.values()]
-        for query in chain(*lines, *[pipeline.sent for pipeline in self.pipelines]):
+        for query in [query for each in self.queue.tenants.values() for query in each.line]:
             expire(query)
-        tasks = [*self.pipelines.values(), *self.cancelling]
+        tasks = list(self.pipelines.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -80,93 +74,71 @@ class PipelinePool:
     def put(self, query: Query) -> None:
         """Queues a query. It is sent with all others that come in this turn of the loop."""
         if self.is_closed:
-            return expire(query)
+            expire(query)
+        if query.result.done():  # its caller may have left while it paused
+            return
         self.queue.append(query)
-        if not self.scheduled:
-            self.scheduled = True
+        if not self.is_scheduled:
+            self.is_scheduled = True
             asyncio.get_running_loop().call_soon(self.dispatch)
 
     def dispatch(self) -> None:
-        """Sends what is queued, each query where the fewest are under way, and flushes once."""
-        self.scheduled = False
+        """Sends what is queued, each query where the fewest are under way, and flushes once.
+
+        One pipeline serves slow tenants, and the others quick ones. Another pipeline is opened if
+        each of those for quick tenants has several queries under way, or if there is none.
+        """
+        self.is_scheduled = False
         if self.is_closed or not self.queue:
             return
         now = monotonic()
-        active = [pipeline for pipeline in self.pipelines if pipeline.is_active]
-        self.keep_slow_apart(active)
+        active = [pipeline for pipeline in self.pipelines if pipeline.state is State.ACTIVE]
+        for_slow = self.choose_for_slow(active) if self.queue.slow else None
+        self.queue.apart = bool(for_slow) and len(active) > 1  # one alone serves all
         usable = [pipeline for pipeline in active if not pipeline.is_silent(now)]
-        self.fill([p for p in usable if p.serves_slow])
-        self.fill([p for p in usable if not p.serves_slow])
+        quick = [pipeline for pipeline in usable if pipeline is not for_slow]
+        if for_slow in usable:
+            self.fill([for_slow], serves_slow=True)
+        self.fill(quick.copy(), serves_slow=False)
         for pipeline in usable:
             pipeline.flush()
-        if len(self.pipelines) < self.size and self.is_busy(usable):
+        is_busy = all(len(pipeline.sent) > 1 for pipeline in quick)
+        if is_busy and len(self.pipelines) < self.size:
             pipeline = Pipeline(self)
             self.pipelines[pipeline] = asyncio.create_task(pipeline.run())
 
-    def fill(self, pipelines: list[Pipeline]) -> None:
+    def choose_for_slow(self, active: list[Pipeline]) -> Pipeline | None:
+        """The pipeline that has most of the slow tenants' queries. None if they send nothing."""
+        self.queue.forget_slow()
+        slow = self.queue.slow
+        under_way = {p: sum(query.tenant.name in slow for query in p.sent) for p in active}
+        if not (any(under_way.values()) or self.queue.count_slow()):
+            return None
+        return max(active, key=under_way.__getitem__, default=None)
+
+    def fill(self, pipelines: list[Pipeline], serves_slow: bool) -> None:
         """Sends queries to pipelines of one kind until they are full, or nobody may send more."""
         while pipelines:
             pipeline = min(pipelines, key=lambda pipeline: len(pipeline.sent))
             if len(pipeline.sent) >= self.depth:
                 return
-            query = self.queue.take(pipeline, pipeline.serves_slow)
-            if query and query.result.done():  # its caller has left in this turn of the loop
-                self.queue.ended(query, pipeline, quickly=False)
-            elif query:
+            if query := self.queue.take(pipeline, serves_slow):
                 pipeline.send(query)
             else:  # another one may have a tenant's queries under way, and so may get more of them
                 pipelines.remove(pipeline)
 
-    def keep_slow_apart(self, active: list[Pipeline]) -> None:
-        """Lets the pipeline that has most of the slow tenants' queries serve them alone, if another
-        one is left for quick tenants."""
-        self.queue.forget_slow()
-        slow = self.queue.slow
-        if not slow or len(active) < 2:
-            for pipeline in active:
-                pipeline.serves_slow = False
-        elif self.queue.count_slow() and not any(pipeline.serves_slow for pipeline in active):
-            of_slow = {p: sum(query.tenant.name in slow for query in p.sent) for p in active}
-            max(active, key=of_slow.__getitem__).serves_slow = True
-        self.queue.apart = any(pipeline.serves_slow for pipeline in active)
-
-    def is_busy(self, usable: list[Pipeline]) -> bool:
-        """Whether another pipeline would help: each that serves quick tenants has several queries
-        under way, or there is none and quick tenants wait."""
-        quick = [pipeline for pipeline in usable if not pipeline.serves_slow]
-        if quick or not self.pipelines:
-            return all(len(pipeline.sent) > 1 for pipeline in quick)
-        return len(self.queue) > self.queue.count_slow()
-
-    # What pipelines report...
-
     def retry(self, query: Query, error: Exception, sqlstate: str = "") -> None:
         """Queues a query for another attempt, or gives it its error after too many."""
         conflict = sqlstate in CONFLICTS
-        if query.result.done():
-            return
         if query.attempts >= (MAX_CONFLICTS if conflict else MAX_ATTEMPTS):
-            query.result.set_exception(error)
-            return
+            return fail(query, error)
         query.attempts, query.cancelled_at = query.attempts + 1, 0.0
         if conflict:  # at once it would meet the same transaction again
             pause = PAUSE * 2 ** (query.attempts - 1) * random.random()  # noqa: S311  # no secret
-            asyncio.get_running_loop().call_later(pause, self.put_again, query)
+            asyncio.get_running_loop().call_later(pause, self.put, query)
         else:
             self.put(query)
 
-    def put_again(self, query: Query) -> None:
-        if not query.result.done():  # its caller may have left during the pause
-            self.put(query)
-
-    def closed(self, pipeline: Pipeline) -> None:
-        """Forgets a pipeline. Another one is made if queries wait: at once, unless this one got no
-        connection, as the next one would not get any either."""
-        del self.pipelines[pipeline]
-        pause = 0.0 if pipeline.active_since else RECONNECT
-        asyncio.get_running_loop().call_later(pause, self.dispatch)
-
 
 def expire(query: Query) -> None:
-    if not query.result.done():
-        query.result.set_exception(Unavailable("no answer in time"))
+    fail(query, Unavailable("no answer in time"))

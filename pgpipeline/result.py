@@ -32,18 +32,12 @@ def encode_timestamp(text: str) -> str:
 def array_of(encode: Encoder) -> Encoder:
     """The encoder of an array whose elements this one encodes."""
 
-    def encode_list(elements: list[Any]) -> str:
-        parts = [
-            "null"
-            if part is None
-            else encode_list(part)
-            if isinstance(part, list)
-            else encode(part)
-            for part in elements
-        ]
-        return "[" + ",".join(parts) + "]"
+    def encode_part(part: Any) -> str:
+        if isinstance(part, list):
+            return "[" + ",".join(map(encode_part, part)) + "]"
+        return "null" if part is None else encode(part)
 
-    return lambda text: encode_list(load_texts(text.encode()))
+    return lambda text: encode_part(load_texts(text.encode()))
 
 
 # By the oid of the type. Every other scalar type is a text to row_to_json() as well.
@@ -67,15 +61,14 @@ class Result:
 
     __slots__ = ("columns", "rows")
 
-    def __init__(self, result: PGresult | None) -> None:
-        """Reads a libpq result. None stands for a statement that returns no rows."""
-        self.rows: list[Row] = []
-        self.columns: list[tuple[str, int]] = []  # name, and oid of the type
-        if result is None:
-            return
+    def __init__(self, result: PGresult) -> None:
+        """Reads a libpq result."""
         numbers, value = range(result.nfields), result.get_value
+        # Each with its name, and the oid of its type.
         self.columns = [((result.fname(n) or b"").decode(), result.ftype(n)) for n in numbers]
-        self.rows = [tuple([value(r, n) for n in numbers]) for r in range(result.ntuples)]
+        self.rows: list[Row] = [
+            tuple([value(r, n) for n in numbers]) for r in range(result.ntuples)
+        ]
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -86,9 +79,9 @@ class Result:
     def json(self, row: int = 0, stop: int | None = None) -> bytes:
         """A row as a JSON object in UTF-8, of its columns up to the number `stop`."""
         members = [
-            f'"{name}":null'
-            if value is None
-            else f'"{name}":{ENCODERS.get(oid, encode_basestring)(value.decode())}'
+            encode_basestring(name)
+            + ":"
+            + ("null" if value is None else ENCODERS.get(oid, encode_basestring)(value.decode()))
             for (name, oid), value in zip(self.columns[:stop], self.rows[row], strict=False)
         ]
         return ("{" + ",".join(members) + "}").encode()

@@ -7,9 +7,10 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, LiteralString
+from typing import LiteralString
 
 import pytest
+from psycopg.conninfo import make_conninfo
 from psycopg.pq import ConnStatus
 
 from pgpipeline import ConnectionPool, PipelinePool, Statement, Unavailable, UnexpectedError
@@ -67,17 +68,18 @@ async def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
     assert value(table, "SELECT count(*) FROM stored") == 1
 
 
-async def test_a_write_whose_rows_came_before_the_end_of_its_session_is_not_sent_again(
-    pool: PipelinePool, table: str
+@pytest.mark.parametrize("end", ["RETURNING n, 'pg_sleep'", "/* pg_sleep */"])
+async def test_a_write_whose_answer_came_before_the_end_of_its_session_is_not_sent_again(
+    pool: PipelinePool, table: str, end: str
 ) -> None:
     value(
         table,
-        "CREATE FUNCTION commits_slowly() RETURNS trigger LANGUAGE plpgsql AS"
+        "CREATE OR REPLACE FUNCTION commits_slowly() RETURNS trigger LANGUAGE plpgsql AS"
         " 'BEGIN PERFORM pg_sleep(0.7); RETURN NULL; END';"
         "CREATE CONSTRAINT TRIGGER slowly AFTER INSERT ON stored DEFERRABLE INITIALLY DEFERRED"
         " FOR EACH ROW EXECUTE FUNCTION commits_slowly()",
     )
-    query = await start(pool, "INSERT INTO stored SELECT nextval('calls') RETURNING n, 'pg_sleep'")
+    query = await start(pool, f"INSERT INTO stored SELECT nextval('calls') {end}")
     value(table, END["terminate"])
     with pytest.raises(Unavailable):
         await query
@@ -107,11 +109,11 @@ async def test_a_socket_that_gets_the_number_of_a_lost_one_is_watched(
     ours, theirs = socket.socketpair()
     step = Pipeline.step
 
-    def replace(self: Pipeline, watch: Any = None) -> None:
+    def replace(self: Pipeline) -> None:
         """Opens a socket as soon as libpq has closed the one that was cut."""
         pgconn = self.connection.pgconn
         number = pgconn.socket if pgconn.status == ConnStatus.OK else None
-        step(self, watch)
+        step(self)
         if number and pgconn.status != ConnStatus.OK and not replaced:
             replaced.append(os.dup2(ours.fileno(), number))
             asyncio.get_running_loop().add_reader(number, received.set)
@@ -136,6 +138,19 @@ async def test_a_session_that_was_changed_fails_nothing(table: str, sql: str) ->
         await ask(pool, sql)
         assert (await ask(pool, insert, n=2)).rows == [(b"2",)]
         assert (await ask(pool, listed)).rows == [(b"2",)]  # that one, and this one
+
+
+async def test_a_write_is_made_though_all_connections_lead_to_a_standby(table: str) -> None:
+    standby = make_conninfo(table, options="-c default_transaction_read_only=on")
+    servers = iter([standby] * 8)
+    async with ConnectionPool(lambda: next(servers, table), max_size=8) as connections:
+        pool = PipelinePool(connections, 3, 16)
+        await open_all(pool)
+        calls = [ask(pool, "SELECT 1 FROM pg_sleep(0.01)", f"{n}") for n in range(100)]
+        await asyncio.gather(*calls)
+        assert len(pool.pipelines) == 3
+        assert (await ask(pool, "INSERT INTO stored VALUES (1) RETURNING n")).rows == [(b"1",)]
+        await pool.close()
 
 
 async def test_a_statement_that_could_not_be_prepared_is_prepared_later(

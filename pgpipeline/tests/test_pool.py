@@ -103,14 +103,16 @@ async def test_a_value_that_postgresql_refuses_is_invalid(
         await ask(pool, FAILS, code=code, times=1)
 
 
-@pytest.mark.parametrize("code", ["0A000", "25006", "26000", "40001", "40P01", "42P05", "57014"])
+@pytest.mark.parametrize("code", ["25006", "26000", "40001", "40P01", "42P05", "57014", "57P05"])
 async def test_a_query_that_was_not_executed_is_sent_again(
     pool: PipelinePool, table: str, code: str
 ) -> None:
     assert (await ask(pool, FAILS, code=code, times=1)).rows == [(b"2",)]
 
 
-@pytest.mark.parametrize(("code", "attempts"), [("57014", 3), ("40001", 10), ("40P01", 10)])
+@pytest.mark.parametrize(
+    ("code", "attempts"), [("0A000", 1), ("57014", 3), ("40001", 10), ("40P01", 10)]
+)
 async def test_a_query_is_sent_so_often_and_no_more(
     pool: PipelinePool, table: str, monkeypatch: pytest.MonkeyPatch, code: str, attempts: int
 ) -> None:
@@ -285,6 +287,15 @@ async def test_slow_tenants_share_one_pipeline(pool: PipelinePool) -> None:
         assert statistics.quantiles(times, n=10)[-1] < 0.1
 
 
+async def test_nobody_is_sent_behind_a_tenant_who_is_known_to_be_slow(pool: PipelinePool) -> None:
+    await ask(pool, "SELECT 1 FROM pg_sleep(0.3)", "slow")
+    await asyncio.sleep(0.3)  # by then the pipeline has gone
+    slow = asyncio.create_task(ask(pool, "SELECT 1 FROM pg_sleep(0.5)", "slow"))
+    await asyncio.sleep(0.05)
+    assert await seconds(pool, "SELECT 1", "bob") < 0.2
+    await slow
+
+
 async def test_a_tenant_whose_queries_become_slow_leaves_a_pipeline_to_others(
     pool: PipelinePool,
 ) -> None:
@@ -389,6 +400,17 @@ async def test_a_busy_pipeline_gives_its_connection_back_in_time(
             assert call.done()
         assert waits or connections.get_stats()["requests_num"] >= 4
         await outcomes(busy.close(), other.close())
+
+
+async def test_who_waits_for_a_connection_gets_one_and_no_more(database: str) -> None:
+    async with pool_of(database, size=3, max_size=3) as pool:
+        with users(pool, "abcdefgh", "SELECT 1 FROM pg_sleep(0.01)"):
+            await asyncio.sleep(0.5)
+            before = set(pool.pipelines)
+            connection = await pool.connections.acquire()
+            await asyncio.sleep(0.5)
+            assert len(before & set(pool.pipelines)) == 2
+            await pool.connections.release(connection)
 
 
 async def test_a_query_is_traced_while_it_runs(database: str) -> None:

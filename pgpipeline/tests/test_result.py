@@ -64,7 +64,8 @@ async def test_a_row_is_written_as_row_to_json_writes_it(pool: PipelinePool, moo
     oids = set[int]()
     for kind, texts in VALUES.items():
         quoted = [text.replace("'", "''") for text in texts]
-        row = ", ".join([f"'{text}'::{kind}" for text in quoted] + [f"NULL::{kind} AS last"])
+        row = ", ".join(f"'{text}'::{kind}" for text in quoted)
+        row += f""", NULL::{kind} AS "a ""name"" \\ \t" """
         written = await ask(pool, f"SELECT {row}")
         expected = await ask(pool, f"SELECT row_to_json(r)::text FROM (SELECT {row}) AS r")
         assert written.json() == expected.rows[0][0], kind
