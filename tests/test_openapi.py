@@ -1,9 +1,6 @@
 """The OpenAPI document: what linters say of it, clients made of it, and that it tells the truth."""
 
 import json
-import os
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import pytest
 from httpx import Client
 
-from conftest import PATH, Server, Task, get, token
+from conftest import Server, Task, get, token
 from tests.node import Run
 
 parametrize = pytest.mark.parametrize
@@ -121,39 +118,6 @@ def test_openapi_typescript_makes_a_client_that_compiles_and_works(
     assert json.loads(run("node", "client.js", server.url, token(uuid.uuid4().hex))) == [
         "typed", True, 1, 200, "task_not_found"
     ]  # fmt: skip
-
-
-PYTHON_CLIENT = """
-import sys
-from generated import AuthenticatedClient
-from generated.api.tasks import create_task, get_task, list_tasks_of_user, toggle_task
-from generated.models import Problem, Task, TaskCreate
-from generated.models.toggle import Toggle
-
-client = AuthenticatedClient(base_url=sys.argv[1], token=sys.argv[2], verify_ssl=False)
-task = create_task.sync(client=client, body=TaskCreate(title="typed"))
-assert isinstance(task, Task) and task.title == "typed" and task.description is None
-assert toggle_task.sync(task.id, client=client, body=Toggle(completed=True)).completed
-assert [each.id for each in list_tasks_of_user.sync("me", client=client)] == [task.id]
-problem = get_task.sync("01a00000-0000-7000-8000-000000000000", client=client)
-assert isinstance(problem, Problem) and problem.code == "task_not_found" and problem.status == 404
-"""
-
-
-@pytest.mark.slow
-def test_openapi_python_client_makes_a_client_that_compiles_and_works(
-    server: Server, tmp_path: Path
-) -> None:
-    (tmp_path / "openapi.json").write_bytes(get(server.url + "/openapi.json").content)
-    (tmp_path / "use.py").write_text(PYTHON_CLIENT)
-    generate = "-m openapi_python_client generate --meta none --fail-on-warning --path openapi.json"
-    for arguments in (
-        [*generate.split(), "--output-path", "generated"],
-        ["-m", "compileall", "-q", "generated"],
-        ["use.py", server.url, token(uuid.uuid4().hex)],
-    ):
-        command, environ = [sys.executable, *arguments], os.environ | {"PATH": PATH}
-        subprocess.run(command, cwd=tmp_path, env=environ, check=True, timeout=300)
 
 
 def test_operation_ids_can_be_read_and_stay_what_they_are(server: Server) -> None:
