@@ -419,16 +419,6 @@ def test_a_pooler_without_a_free_connection_is_named_and_not_waited_for_longer(
     assert "a pooler without a free connection" in message
 
 
-def test_a_start_on_a_lock_says_what_it_waits_for_and_goes_on(by_hand: str, tmp_path: Path) -> None:
-    with psycopg.connect(by_hand) as other:
-        other.execute("LOCK TABLE todo.tasks")
-        threading.Timer(6, other.rollback).start()
-        with serving(by_hand, tmp_path / "log") as server:
-            messages = [line["message"] for line in server.log()]
-    assert any("waits for a lock on a table" in message for message in messages)
-    assert "schema applied" in messages
-
-
 def test_a_lock_that_nobody_releases_ends_the_start(
     by_hand: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
