@@ -47,28 +47,28 @@ class State(Enum):
 class Pipeline:
     """Acquires a connection, keeps queries under way on it, and releases it when it is idle."""
 
-    connection: Connection  # and its socket, from ACTIVE on
+    connection: Connection
     socket: int
 
     def __init__(self, pool: "PipelinePool") -> None:
         self.pool, self.state = pool, State.ACQUIRING
         self.sent: deque[Query] = deque()  # queries under way, in the order of their answers
         self.answer: PGresult | None = None  # to the first of them, until its Sync comes
-        self.refused: list[tuple[Query, Exception]] = []  # by a standby
+        self.refused: list[tuple[Query, Exception]] = []  # since the server is a standby
         self.unflushed = False
-        # The error of a connection that is lost, or None for one that may be released.
+        # Done when nothing more will come: with an error if the connection is lost.
         self.end: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-        # On the clock of time.monotonic(). The second is for an answer, or for a query if none is
-        # under way.
-        self.active_since = self.waiting_since = 0.0
+        # On the clock of time.monotonic():
+        self.active_since = 0.0
+        self.waiting_since = 0.0  # for the next answer, or for a query if none is under way
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.state.name} {len(self.sent)} under way>"
 
-    # From the connection to its release...
+    # Acquiring and releasing a connection...
 
     async def run(self) -> None:
-        """The life of a pipeline, from its connection to its end."""
+        """The life of a pipeline: it acquires a connection, serves queries, and releases it."""
         try:
             self.connection = await self.pool.connections.acquire()
             try:
@@ -80,7 +80,7 @@ class Pipeline:
         self.pool.dispatch()  # not after an exception, which the next pipeline would meet at once
 
     async def serve(self) -> None:
-        """Receives when the socket is ready, and looks at the time after each SLOW seconds.
+        """Takes queries until the pipeline drains or breaks, and looks at the time in between.
 
         psycopg's wait() would do, but registers the socket for each step: that takes 10 us, and
         PostgreSQL sends a page of 30 KB in four.
@@ -92,16 +92,16 @@ class Pipeline:
         self.pool.dispatch()
         while not self.end.done():
             await asyncio.wait([self.end], timeout=SLOW)
-            self.step()  # before watch(): after a standstill an answer may lie in the socket
+            self.step()  # if the process stood still, an answer may lie in the socket
             await self.watch()
 
     def finish(self, error: Exception | None = None) -> None:
-        """Ends serve(), with an error if the connection is lost."""
+        """Ends serve(), because nothing is under way or the connection is lost."""
         if self.end.done():
             return
         if error:
             log.warning("connection lost: %s", type(error).__name__)
-        if error or self.sent:  # or the pool is closed with queries under way
+        if error or self.sent:  # the pool may be closed with queries under way
             self.state = State.BROKEN
         loop = asyncio.get_running_loop()
         # At once: libpq may have closed the socket, and the next one to open gets its number.
@@ -110,15 +110,9 @@ class Pipeline:
                 remove(self.socket)
         self.end.set_result(error)
 
-    def drain(self) -> None:
-        """Takes no more queries, and finishes after the last answer."""
-        self.state = State.DRAINING
-        if not self.sent:
-            self.finish()
-
     async def release(self) -> None:
         """Releases or closes the connection. Queries without an answer are sent again, or fail."""
-        self.finish()  # if this task was cancelled
+        self.finish()  # which has not been called if this task was cancelled
         connections, error = self.pool.connections, self.end.result()
         if self.state is State.BROKEN:
             await connections.drain()  # what happened to this connection may have happened to all
@@ -131,13 +125,13 @@ class Pipeline:
             lost = Unavailable("connection lost")
             if query.statement.reads_only or isinstance(error, AdminShutdown):
                 self.pool.retry(query, lost)
-            else:  # it may have been executed, and must not be twice
+            else:  # a write that may have been executed already
                 fail(query, lost)
 
     # Sending queries...
 
     def send(self, query: Query) -> None:
-        """Puts a query under way. flush() gives it to the kernel."""
+        """Puts a query under way, in libpq's buffer. flush() gives it to the kernel."""
         if not self.sent:
             self.waiting_since = monotonic()
         self.sent.append(query)
@@ -153,7 +147,7 @@ class Pipeline:
             self.finish(error)
 
     def flush(self) -> None:
-        """Gives the kernel what was sent. What does not fit waits until the socket is writable."""
+        """Gives the kernel what was sent. What it does not take is left to the next call."""
         if not self.unflushed or self.end.done():
             return
         loop = asyncio.get_running_loop()
@@ -169,13 +163,13 @@ class Pipeline:
     # Receiving results...
 
     def step(self) -> None:
-        """Handles what has come, and lets the pool send what waits for that."""
+        """Handles what has come, which may make room for queries that wait."""
         if self.end.done():
             return
         try:
             self.connection.pgconn.consume_input()
             self.receive()
-        except Exception as error:  # whatever it was, the next answer may be anybody's
+        except Exception as error:  # after any, nobody knows whose the next answer is
             self.finish(error)
         if self.state is not State.ACTIVE and not self.sent:
             self.finish()
@@ -210,12 +204,12 @@ class Pipeline:
             self.pool.queue.ended(query, self, quickly)
             self.settle(query, answer)
         elif status == ExecStatus.PIPELINE_ABORTED:
-            pass  # skipped, because its Parse has failed: that error is the answer
+            pass  # the query was skipped: the answer is the error of its Parse, which came before
         elif status == ExecStatus.COMMAND_OK and not result.command_status:
-            pass  # prepared, and not yet executed
+            pass  # the statement is prepared, and the query not yet executed
         elif status not in SUCCESS and not self.answer and sqlstate_of(result) in SHUTDOWN:
-            raise AdminShutdown  # nothing was executed: a write that was has its answer before
-        else:  # an error that comes after rows replaces them, because the commit has failed
+            raise AdminShutdown  # nothing was executed, as even a write sends an answer before this
+        else:  # rows are replaced by an error that follows, because the commit has failed
             self.answer = result
 
     def settle(self, query: Query, answer: PGresult) -> None:
@@ -230,12 +224,12 @@ class Pipeline:
             self.connection.prepared.discard(statement.prepared_name)
         if outdated := is_outdated(answer):
             statement.renew()
-        if sqlstate == "25006":  # since a failover the connection leads to a standby
+        if sqlstate == "25006":  # since a failover all connections may lead to a standby
             self.state = State.BROKEN
-            self.refused.append((query, error))  # until release() has all connections replaced
-            for pipeline in self.pool.pipelines:
-                if pipeline.state is State.ACTIVE:
-                    pipeline.drain()
+            self.refused.append((query, error))  # release() sends it again, on a new connection
+            for other in self.pool.pipelines:
+                if other.state is State.ACTIVE:
+                    other.state = State.DRAINING
         elif (outdated or sqlstate in RETRYABLE) and not query.cancelled_at:
             self.pool.retry(query, error, sqlstate)
         else:
@@ -248,31 +242,33 @@ class Pipeline:
         return bool(self.sent) and now - self.waiting_since > SLOW + self.connection.round_trip
 
     async def watch(self) -> None:
-        """Drains this pipeline when that is due, and cancels a query that holds up others.
+        """Drains the pipeline when that is due, and cancels a query that is in others' way.
 
-        So does one whose caller has left, and one for which others have waited STATEMENT_TIMEOUT.
+        It is when its caller has left, or when others have waited for STATEMENT_TIMEOUT.
         """
         now = monotonic()
         if self.state is State.ACTIVE and self.is_due(now):
-            self.drain()
+            self.state = State.DRAINING
+            self.step()  # at once, if nothing is under way
         if self.end.done() or not self.is_silent(now):
             return
         query = self.sent[0]
         self.pool.queue.found_slow(query.tenant)
         if query.cancelled_at:
-            if now - query.cancelled_at > CANCEL_TIMEOUT:  # nobody is there
-                self.finish(TimeoutError())
+            if now - query.cancelled_at > CANCEL_TIMEOUT:
+                self.finish(TimeoutError())  # the server or the way to it has gone
             return
         others_wait = len(self.sent) > 1 or self.pool.queue
-        is_stuck = others_wait and now - self.waiting_since > STATEMENT_TIMEOUT
-        if is_stuck or query.result.done():
+        holds_up = others_wait and now - self.waiting_since > STATEMENT_TIMEOUT
+        if holds_up or query.result.done():
             query.cancelled_at = now
-            with suppress(psycopg.Error, OSError):  # the answer to the query tells what came of it
+            # What comes of it is seen in the answer to the query, which may have ended meanwhile.
+            with suppress(psycopg.Error, OSError):
                 await self.connection.cancel_safe(timeout=CANCEL_TIMEOUT)
 
     def is_due(self, now: float) -> bool:
         """Whether the connection is idle, was held for long, or is wanted by somebody else."""
-        # A pipeline that is not active waits for a connection itself, or releases one soon.
+        # Of those who wait, as many do not count: they are this pool's own, or get one soon.
         inactive = sum(each.state is not State.ACTIVE for each in self.pool.pipelines)
         is_wanted = self.pool.connections.get_stats()["requests_waiting"] > inactive
         is_idle = not self.sent and now - self.waiting_since > SLOW

@@ -57,6 +57,7 @@ class PipelinePool:
             self.queue.remove(query)
 
     def seconds_since_answer(self) -> float:
+        """Since the database has answered anything. Infinite if it never has."""
         return monotonic() - self.last_answer
 
     async def close(self) -> None:

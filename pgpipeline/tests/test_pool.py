@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -283,8 +282,9 @@ async def test_neither_slow_tenants_nor_quick_ones_starve(
 async def test_slow_tenants_share_one_pipeline(pool: PipelinePool) -> None:
     with users(pool, "uvwxyz", "SELECT 1 FROM pg_sleep(0.3)"):
         await asyncio.sleep(1)  # by then they are known to be slow
-        times = [await seconds(pool, "SELECT 1", f"{n}") for n in range(40)]
-        assert statistics.quantiles(times, n=10)[-1] < 0.1
+        with users(pool, "abc", "SELECT 1 FROM pg_sleep(0.01)") as times:
+            await asyncio.sleep(1.5)
+    assert max(times) < 0.25
 
 
 async def test_nobody_is_sent_behind_a_tenant_who_is_known_to_be_slow(pool: PipelinePool) -> None:
@@ -318,13 +318,6 @@ async def test_a_tenant_who_became_slow_does_not_take_the_pipeline_that_was_left
         await asyncio.sleep(0.4)  # by then it is known to be slow
         assert await seconds(pool, "SELECT 1", "bob") < 0.3
     await asyncio.gather(*slow, return_exceptions=True)
-
-
-async def test_three_heavy_users_at_once_leave_others_quick(pool: PipelinePool) -> None:
-    with users(pool, "abc", "SELECT 1 FROM pg_sleep(0.02)", at_once=100):
-        await asyncio.sleep(0.5)
-        times = [await seconds(pool, "SELECT 1", f"{n}") for n in range(20)]
-    assert statistics.median(times) < 0.2
 
 
 # Sharing.
