@@ -5,6 +5,7 @@ python -m pytest tests/test_faults.py -rP    takes minutes, prints the figures o
 
 import json
 import os
+import select
 import signal
 import socket
 import threading
@@ -345,9 +346,12 @@ def test_beyond_the_queue_it_is_503_at_once(
         connections = [enter(closing(connect(server))) for _ in range(2200)]
         late = [enter(closing(connect(server))) for _ in range(20)]
         with database.frozen():
+            answers = select.poll()
             for connection in connections:
                 connection.sendall(asked)
-            assert get(server.url + "/health").status_code == 200  # behind all of them
+                answers.register(connection, select.POLLIN)
+            assert get(server.url + "/health").status_code == 200
+            wait_until(lambda: len(answers.poll(0)) > 100)  # the queue is full
             for connection in late:
                 started = time.monotonic()
                 connection.sendall(asked)
