@@ -13,13 +13,12 @@ from enum import Enum
 from time import monotonic
 from typing import TYPE_CHECKING
 
-import psycopg
-from psycopg.errors import AdminShutdown
+import psycopg.errors as postgres
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 
+from pgpipeline import errors
 from pgpipeline.connection import Connection
-from pgpipeline.errors import RETRYABLE, SHUTDOWN, Unavailable, error_of, is_outdated, sqlstate_of
 from pgpipeline.queue import Query
 from pgpipeline.result import Result
 
@@ -122,8 +121,8 @@ class Pipeline:
             self.pool.retry(query, refusal)
         for query in self.sent:
             self.pool.queue.ended(query, self, quickly=False)
-            lost = Unavailable("connection lost")
-            if query.statement.reads_only or isinstance(error, AdminShutdown):
+            lost = errors.Unavailable("connection lost")
+            if query.statement.reads_only or isinstance(error, postgres.AdminShutdown):
                 self.pool.retry(query, lost)
             else:  # a write that may have been executed already
                 fail(query, lost)
@@ -143,7 +142,7 @@ class Pipeline:
                 pgconn.send_prepare(name, query.statement.text)
             pgconn.send_query_prepared(name, query.values)
             pgconn.pipeline_sync()  # without it, all that is under way were one transaction
-        except psycopg.OperationalError as error:
+        except postgres.OperationalError as error:
             self.finish(error)
 
     def flush(self) -> None:
@@ -157,7 +156,7 @@ class Pipeline:
                 loop.add_writer(self.socket, self.flush)
             else:
                 loop.remove_writer(self.socket)
-        except psycopg.OperationalError as error:
+        except postgres.OperationalError as error:
             self.finish(error)
 
     # Receiving results...
@@ -185,7 +184,7 @@ class Pipeline:
             elif separated:
                 # libpq separates two results by one None. After two of them nothing will come,
                 # so an answer is missing and all that follow would go to the wrong callers.
-                raise psycopg.OperationalError("an answer is missing")
+                raise postgres.OperationalError("an answer is missing")
             separated = not result
 
     def handle(self, result: PGresult) -> None:
@@ -196,7 +195,7 @@ class Pipeline:
         status = result.status
         if status == ExecStatus.PIPELINE_SYNC:
             if not self.answer:
-                raise psycopg.OperationalError("an answer is missing")
+                raise postgres.OperationalError("an answer is missing")
             now = monotonic()
             quickly = not self.is_silent(now)
             query, answer, self.answer = self.sent.popleft(), self.answer, None
@@ -207,10 +206,10 @@ class Pipeline:
             pass  # the query was skipped: the answer is the error of its Parse, which came before
         elif status == ExecStatus.COMMAND_OK and not result.command_status:
             pass  # the statement is prepared, and the query not yet executed
-        elif status not in SUCCESS and not self.answer and sqlstate_of(result) in SHUTDOWN:
-            raise AdminShutdown  # nothing was executed, as even a write sends an answer before this
-        else:  # rows are replaced by an error that follows, because the commit has failed
-            self.answer = result
+        elif status in SUCCESS or self.answer or not errors.is_shutdown(result):
+            self.answer = result  # rows are replaced by an error if their commit fails
+        else:  # nothing was executed, because even a write without rows sends an answer before
+            raise postgres.AdminShutdown
 
     def settle(self, query: Query, answer: PGresult) -> None:
         """Gives a query its result, its error, or another attempt."""
@@ -218,20 +217,22 @@ class Pipeline:
             if not query.result.done():
                 query.result.set_result(Result(answer))
             return
-        statement, sqlstate = query.statement, sqlstate_of(answer)
-        error = error_of(statement.name, answer)
-        if sqlstate == "26000":
+        statement, reason = query.statement, postgres.error_from_result(answer)
+        error = errors.error_of(statement.name, reason)
+        if isinstance(reason, postgres.InvalidSqlStatementName):
             self.connection.prepared.discard(statement.prepared_name)
-        if outdated := is_outdated(answer):
+        if outdated := errors.is_outdated(reason):
             statement.renew()
-        if sqlstate == "25006":  # since a failover all connections may lead to a standby
+        if isinstance(reason, postgres.ReadOnlySqlTransaction):
+            # Since a failover all connections may lead to a standby. release() has them replaced
+            # before it sends the query again.
             self.state = State.BROKEN
-            self.refused.append((query, error))  # release() sends it again, on a new connection
+            self.refused.append((query, error))
             for other in self.pool.pipelines:
                 if other.state is State.ACTIVE:
                     other.state = State.DRAINING
-        elif (outdated or sqlstate in RETRYABLE) and not query.cancelled_at:
-            self.pool.retry(query, error, sqlstate)
+        elif (outdated or isinstance(reason, errors.RETRYABLE)) and not query.cancelled_at:
+            self.pool.retry(query, error, conflict=isinstance(reason, errors.CONFLICTS))
         else:
             fail(query, error)
 
@@ -263,7 +264,7 @@ class Pipeline:
         if holds_up or query.result.done():
             query.cancelled_at = now
             # What comes of it is seen in the answer to the query, which may have ended meanwhile.
-            with suppress(psycopg.Error, OSError):
+            with suppress(postgres.Error, OSError):
                 await self.connection.cancel_safe(timeout=CANCEL_TIMEOUT)
 
     def is_due(self, now: float) -> bool:

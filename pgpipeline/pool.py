@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
 
 from pgpipeline.connection import ConnectionPool
-from pgpipeline.errors import CONFLICTS, Unavailable
+from pgpipeline.errors import Unavailable
 from pgpipeline.pipeline import SLOW, Pipeline, State, fail
 from pgpipeline.queue import Query, Queue
 from pgpipeline.result import Result
@@ -128,9 +128,8 @@ class PipelinePool:
             else:  # another one may have a tenant's queries under way, and so may get more of them
                 pipelines.remove(pipeline)
 
-    def retry(self, query: Query, error: Exception, sqlstate: str = "") -> None:
+    def retry(self, query: Query, error: Exception, conflict: bool = False) -> None:
         """Queues a query for another attempt, or gives it its error after too many."""
-        conflict = sqlstate in CONFLICTS
         if query.attempts >= (MAX_CONFLICTS if conflict else MAX_ATTEMPTS):
             return fail(query, error)
         query.attempts, query.cancelled_at = query.attempts + 1, 0.0
