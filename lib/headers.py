@@ -16,6 +16,7 @@ from lib.problems import HTTPProblem
 TAG = r'(?:W/)?"[!#-~]*"'
 # Possessive (`*+`): white space between commas matches one way only, so that it takes linear time.
 TAGS = re.compile(rf"(?:{TAG})?(?:[ \t]*+,[ \t]*+(?:{TAG})?)*+")
+KEY = r'"([!#-~]{1,255})"|([!#-~][!-~]{0,254})'  # of an Idempotency-Key, in quotes or without
 
 precondition_failed = partial(HTTPProblem, 412, "It has been changed since")
 
@@ -82,7 +83,7 @@ def check_key(sent: str | None) -> str | None:
     """The key without its quotes. Raises HTTPProblem(400)."""
     if sent is None:
         return None
-    key = re.fullmatch(r'"([!#-~]{1,255})"|([!#-~][!-~]{0,254})', sent)
+    key = re.fullmatch(KEY, sent)
     if not key:
         raise HTTPProblem(400, "An Idempotency-Key has 1 to 255 visible characters")
     return key[1] or key[2]
@@ -90,7 +91,7 @@ def check_key(sent: str | None) -> str | None:
 
 IfConditions = Annotated[Conditions, Depends(read_conditions)]
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key"), AfterValidator(check_key),
-    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}),
+    WithJsonSchema({"type": "string", "pattern": f"^({KEY})$"}),
 ]  # fmt: skip
 
 
