@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -284,7 +285,7 @@ async def test_slow_tenants_share_one_pipeline(pool: PipelinePool) -> None:
         await asyncio.sleep(1)  # by then they are known to be slow
         with users(pool, "abc", "SELECT 1 FROM pg_sleep(0.01)") as times:
             await asyncio.sleep(1.5)
-    assert max(times) < 0.25
+    assert (statistics.median(times) < 0.08, max(times) < 0.25) == (True, True)
 
 
 async def test_nobody_is_sent_behind_a_tenant_who_is_known_to_be_slow(pool: PipelinePool) -> None:
