@@ -405,6 +405,7 @@ def test_a_pooler_with_one_server_connection_can_start(database: str, tmp_path: 
         assert api.post("/tasks", json={"title": "x"}).status_code == 201
 
 
+@pytest.mark.slow
 @needs_pgbouncer
 def test_a_pooler_without_a_free_connection_is_named_and_not_waited_for_longer(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
@@ -429,6 +430,7 @@ def test_a_lock_that_nobody_releases_ends_the_start(
     assert line.startswith("no database after 1 seconds: the start waits for a lock on a table")
 
 
+@pytest.mark.slow
 def test_a_migration_takes_the_time_that_it_takes(
     empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

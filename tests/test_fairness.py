@@ -81,6 +81,7 @@ def test_a_users_600_heavy_requests_at_once_leave_others_quick(
         assert statistics.quantiles(seconds, n=100)[98] < 1.5
 
 
+@pytest.mark.slow
 def test_a_write_that_waits_for_a_lock_holds_up_no_read(database: str, api: Client) -> None:
     tasks = [api.post("/tasks", json={"title": "x"}).json()["id"] for _ in range(8)]
     toggle = f"/tasks/{tasks[0]}/toggle"

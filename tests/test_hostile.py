@@ -94,6 +94,7 @@ def test_no_body_is_a_5xx_and_what_is_refused_is_not_stored(
         assert api.get("/tasks").json() == [task]
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_fault_and_reaches_no_other_users_task(
     server: Server, api: Client, tmp_path: Path
 ) -> None:

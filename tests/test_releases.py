@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event
 
 import psycopg
+import pytest
 from httpx import Client
 
 from conftest import (
@@ -71,6 +72,7 @@ def use_for(seconds: float, api: Client, task: str) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_the_release_before_writes_on_while_the_next_waits_for_a_lock_and_after_it(
     empty: str, tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ def in_use(server: Server) -> Iterator[None]:
         user.result()
 
 
+@pytest.mark.slow
 def test_a_release_with_a_new_column_and_the_way_back_fail_no_request(
     empty: str, tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ async def run(database: str) -> Fuzz:
     return fuzz
 
 
+@pytest.mark.slow
 def test_whatever_ends_connections_a_write_is_there_once_and_an_answer_is_its_own(
     table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
