@@ -48,7 +48,7 @@ import db
 import pgpipeline
 from lib import cors, develop, logs, middleware, openapi, problems, schemas, startup
 from lib.headers import Conditions, IdempotencyKey, IfConditions, next_link, precondition_failed
-from lib.paths import ACCOUNT_ALIASES, LOGIN_BY_TYPE, CanonicalPath, aliases_of, client_path
+from lib.paths import CanonicalPath, client_path
 from lib.problems import RETRY, HTTPProblem, Unauthorized
 from lib.routing import PreparedRoutes
 from lib.schemas import NOT_SENT, WHITESPACE, After, Limit, Offset, PageNumber
@@ -148,7 +148,7 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
 }  # fmt: skip
 
 # Other paths, like /tasks/create, or by a login's media type: see lib/paths.py.
-ALIASES = [*aliases_of("tasks", "todos", "task", "todo"), *ACCOUNT_ALIASES]
+NAMES = dict.fromkeys(["tasks", "todos", "task", "todo"], "tasks")  # what clients call /tasks
 CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # these skip the aliases, for speed
 
 # `respond` makes a problem of an exception. PreparedRoutes, faster, leaves the rest to FastAPI.
@@ -166,7 +166,7 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
         Middleware(middleware.ErrorResponses, respond=respond),
-        Middleware(CanonicalPath, aliases=ALIASES, by_type=LOGIN_BY_TYPE, unless=CANONICAL),
+        Middleware(CanonicalPath, names=NAMES, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
         Middleware(PreparedRoutes),  # FastAPI's checks, prepared once
     ],

@@ -1,6 +1,18 @@
-"""Middleware that gives each path one form before it is routed."""
+"""Middleware that gives each path the one form that a route has. Clients write:
+
+/api/v1/…                                     for /api/…
+/api/tasks, /api/auth/…, /api/health          for /tasks, /auth/…, /health
+/users/{user}/tasks, /api/users/{user}/tasks  for /api/{user}/tasks
+/todos, or another name of the collection     for /tasks
+/tasks/create                                 for /tasks
+/tasks/{id}/edit, /tasks/edit/{id}            for /tasks/{id}; update and delete like edit
+/auth/signup, /auth/create                    for /auth/register
+/auth/signin, /auth/current_user              for /auth/login, /auth/me
+/login, /user/login, /users/login             for /auth/login; the other accounts' paths too
+"""
 
 import re
+from collections.abc import Mapping
 from urllib.parse import quote
 
 from fastapi import Request
@@ -9,24 +21,26 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lib.problems import HTTPProblem
 from lib.state import state_of
 
+ACCOUNTS = {"login": "login", "logout": "logout", "me": "me", "register": "register",
+    "token": "token", "signin": "login", "signup": "register"}  # fmt: skip
+BELOW_AUTH = {**ACCOUNTS, "create": "register", "current_user": "me"}
+# The path of a login by the type of its body, so that a client may mix up the two.
+LOGINS = {
+    b"application/json": "/auth/login",
+    b"application/x-www-form-urlencoded": "/auth/token",
+    b"multipart/form-data": "/auth/token",
+}
+
 
 class CanonicalPath:
     """Never redirects, because a client may drop the Authorization header then. HEAD becomes GET.
 
-    `aliases` are patterns at the start of a path and what they become, each applied to the result
-    of the one before. `by_type` has, for a path and the media type of a body, the path that takes
-    it. A path of the form `unless` has no alias. Raises HTTPProblem(404).
+    `names` are what clients call a collection, and its name in the routes. A path of the form
+    `unless` has no other. Raises HTTPProblem(404).
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        aliases: list[tuple[str, str]],
-        by_type: dict[tuple[str, bytes], str],
-        unless: str,
-    ) -> None:
-        self.app, self.by_type, self.unless = app, by_type, re.compile(unless)
-        self.aliases = [(re.compile("^" + pattern), form) for pattern, form in aliases]
+    def __init__(self, app: ASGIApp, names: Mapping[str, str], unless: str) -> None:
+        self.app, self.names, self.unless = app, names, re.compile(unless)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,10 +57,10 @@ class CanonicalPath:
             if path.endswith("\n"):  # a route's $ would match before it
                 raise HTTPProblem(404)
             state.path = root + path
-            for pattern, form in self.aliases:
-                path = pattern.sub(form, path)
-            kind = state.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            path = self.by_type.get((path, kind), path)
+            path = "/" + "/".join(canonical(path[1:].split("/"), self.names))
+            if path in LOGINS.values():
+                kind = state.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+                path = LOGINS.get(kind, path)
         scope["path"] = root + path
         if scope["query_string"]:  # a parameter without a value is as good as none
             parts = scope["query_string"].split(b"&")
@@ -60,38 +74,35 @@ class CanonicalPath:
             scope["route"] = routed.get("route")  # for the log
 
 
+def canonical(parts: list[str], names: Mapping[str, str]) -> list[str]:
+    """What stands between the slashes of a path, in the form that a route has."""
+    if parts[:2] == ["api", "v1"]:
+        parts = ["api", *parts[2:]]
+    if parts[0] == "api" and parts[1:2] and parts[1] in {*names, "auth", "health", "users"}:
+        parts = parts[1:]
+    match parts:
+        case ["api" | "users", user, called, *rest] if called in names:
+            return ["api", user, names[called], *without_verb(rest)]
+        case [called, *rest] if called in names:
+            return [names[called], *without_verb(rest)]
+        case ["auth", called]:
+            return ["auth", BELOW_AUTH.get(called, called)]
+        case [called] | ["api" | "user" | "users", called] | ["api", "user", called]:
+            return ["auth", ACCOUNTS[called]] if called in ACCOUNTS else parts
+        case _:
+            return parts
+
+
+def without_verb(parts: list[str]) -> list[str]:
+    match parts:
+        case ["create"]:
+            return []
+        case [one, "edit" | "update" | "delete"] | ["edit" | "update" | "delete", one]:
+            return [one]
+        case _:
+            return parts
+
+
 def client_path(request: Request) -> str:
     """The path by which the client came, with the root path, quoted for Location and Link."""
     return quote(state_of(request.scope).path)
-
-
-def aliases_of(name: str, *others: str) -> list[tuple[str, str]]:
-    """Other paths by which clients call a collection `/name`, and a user's `/api/{user}/name`.
-
-    It may be below /api or /api/v1 or /users/{user}, and be called by one of the `others`.
-    """
-    names = "|".join([name, *others])
-    return [
-        (r"/api/v1/", "/api/"),
-        (rf"/api/(?=(?:{names}|auth|users|health)(?:/|$))", "/"),
-        (rf"/users/([^/]+)/(?:{names})(?=/|$)", rf"/api/\1/{name}"),
-        (rf"/(api/[^/]+/)?(?:{names})(?=/|$)", rf"/\1{name}"),
-        (rf"/((?:api/[^/]+/)?{name})/create$", r"/\1"),
-        (rf"/((?:api/[^/]+/)?{name}/[^/]+)/(?:edit|update|delete)$", r"/\1"),
-        (rf"/((?:api/[^/]+/)?{name}/)(?:edit|update|delete)/(?=[^/]+$)", r"/\1"),
-    ]
-
-
-# Other paths of accounts. A login is JSON at /auth/login and a form at /auth/token: a client that
-# mixes them up gets what it meant.
-ACCOUNT_ALIASES = [
-    (r"(?:/api)?(?:/users?)?/(login|logout|me|register|signin|signup|token)$", r"/auth/\1"),
-    (r"/auth/current_user$", "/auth/me"),
-    (r"/auth/(?:signup|create)$", "/auth/register"),
-    (r"/auth/signin$", "/auth/login"),
-]
-LOGIN_BY_TYPE = {
-    ("/auth/token", b"application/json"): "/auth/login",
-    ("/auth/login", b"application/x-www-form-urlencoded"): "/auth/token",
-    ("/auth/login", b"multipart/form-data"): "/auth/token",
-}
