@@ -31,7 +31,10 @@ SELECT set_config('lock_timeout', '2s', true), set_config('statement_timeout', '
     set_config('search_path', 'pg_catalog', true), pg_advisory_xact_lock(hashtext(%s))
 """
 APPLIED = "SELECT coalesce(obj_description(to_regclass(%s), 'pg_class'), '')"
-SESSION = "SELECT pg_backend_pid(), current_setting('server_encoding')"
+SESSION = """
+SELECT pg_backend_pid(), current_setting('server_encoding'), current_setting('TimeZone'),
+    current_setting('DateStyle')
+"""
 MISSING = """
 SELECT 'USAGE on schema ' || nspname
 FROM pg_namespace
@@ -51,6 +54,7 @@ WHERE nspname = %(schema)s AND nspname || '.' || relname = ANY (%(tables)s)
         OR row_security_active(pg_class.oid) AND NOT EXISTS (
             SELECT FROM pg_policies, unnest(roles) AS role
             WHERE schemaname = nspname AND tablename = relname AND cmd IN ('ALL', privilege)
+                AND permissive = 'PERMISSIVE'
                 AND CASE role WHEN 'public' THEN true ELSE pg_has_role(role, 'USAGE') END
         ))
 """
@@ -157,10 +161,14 @@ async def fetch(connection: Connection, query: str, values: Any = None) -> list[
 
 async def check_session(connection: Connection, conninfo: str) -> None:
     """An encoding or a pooler that falsifies answers."""
-    [(pid, encoding)] = await fetch(connection, SESSION)
+    [(pid, encoding, zone, style)] = await fetch(connection, SESSION)
     if encoding != "UTF8":
         text = f"the database has the encoding {encoding}, it has to be UTF8"
         raise NotReady(f"{text}: CREATE DATABASE app ENCODING 'UTF8' TEMPLATE template0")
+    if not re.fullmatch("(Etc/)?(UTC|UCT|GMT)", zone) or not style.startswith("ISO"):
+        alter = f"ALTER ROLE {connection.info.user} SET"
+        text = f"a pooler keeps the time zone {zone} and the DateStyle {style}"
+        raise NotReady(f"{text}: {alter} timezone = 'UTC'; {alter} datestyle = 'ISO'")
     if pid != connection.info.backend_pid:  # which is one that a pooler made up
         await check_pooler(connection, conninfo)
 
@@ -172,7 +180,11 @@ async def check_pooler(connection: Connection, conninfo: str) -> None:
     there is one. It knows none of the first one's statements.
     """
     try:
-        async with await AsyncConnection.connect(conninfo) as other:
+        second = await AsyncConnection.connect(conninfo)
+    except psycopg.OperationalError:  # the pooler lets one client in: it has nothing to mix up
+        return
+    try:
+        async with second as other:
             await connection.execute("SELECT 1", prepare=True)
             await other.execute("SELECT 1")
             again = asyncio.create_task(connection.execute("SELECT 1", prepare=True))

@@ -441,3 +441,21 @@ def test_a_migration_takes_the_time_that_it_takes(
     schema.write_text(SCHEMA.read_text() + "SELECT pg_sleep(4);")
     prepared(empty, schema=schema)
     assert caplog.messages == ["the schema is being applied", "schema applied"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("-c timezone=Europe/Berlin", "keeps the time zone Europe/Berlin"),
+        ("-c datestyle=German", "the DateStyle German"),
+    ],
+)
+def test_a_session_that_would_write_times_in_another_way_ends_the_start(
+    database: str, options: str, words: str
+) -> None:
+    async def check() -> None:
+        async with await psycopg.AsyncConnection.connect(database, options=options) as connection:
+            await prepare.check_session(connection, database)
+
+    with pytest.raises(NotReady, match=words):
+        asyncio.run(check())
