@@ -29,8 +29,7 @@ class BaseSettings(pydantic_settings.BaseSettings):
         env_file=ENV_FILE, env_file_encoding="utf-8-sig", extra="ignore", frozen=True
     )
 
-    # env_ignore_empty would let .env win over an empty variable, and str_strip_whitespace takes
-    # neither quotes nor what stands around a flag.
+    # env_ignore_empty would let .env win over an empty value, and str_strip_whitespace keep quotes.
     @field_validator("*", mode="before")
     @classmethod
     def clean(cls, value: Any, info: ValidationInfo) -> Any:

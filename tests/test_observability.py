@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -127,12 +128,7 @@ class Collector:
     """An OTLP/HTTP endpoint on loopback, with what arrived at it."""
 
     def __init__(self) -> None:
-        self.received: dict[str, list[bytes]] = {
-            "/v1/traces": [],
-            "/v1/metrics": [],
-            "/v1/logs": [],
-        }
-        received = self.received
+        self.received = received = defaultdict[str, list[bytes]](list)  # by path
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
