@@ -89,18 +89,17 @@ def canonical(parts: list[str], names: Mapping[str, str]) -> list[str]:
             return ["auth", BELOW_AUTH.get(called, called)]
         case [called] | ["api" | "user" | "users", called] | ["api", "user", called]:
             return ["auth", ACCOUNTS[called]] if called in ACCOUNTS else parts
-        case _:
-            return parts
+    return parts
 
 
 def without_verb(parts: list[str]) -> list[str]:
+    """What follows a collection, without `create`, and without a verb beside an id."""
     match parts:
         case ["create"]:
             return []
         case [one, "edit" | "update" | "delete"] | ["edit" | "update" | "delete", one]:
             return [one]
-        case _:
-            return parts
+    return parts
 
 
 def client_path(request: Request) -> str:
