@@ -163,7 +163,7 @@ def sentences(function: Callable[..., Any]) -> dict[str, str]:
     """The title and description of each value of a route and its dependencies, by its names."""
     fields: dict[str, FieldInfo] = {}
     found: dict[str, str] = {}
-    for name, parameter in signature(function).parameters.items():
+    for name, parameter in signature(function, eval_str=True).parameters.items():
         fields[name] = FieldInfo.from_annotation(parameter.annotation)
         for part in (parameter.annotation, *get_args(parameter.annotation)):
             fields |= getattr(part, "model_fields", {})
