@@ -93,7 +93,7 @@ def canonical(parts: list[str], names: Mapping[str, str]) -> list[str]:
 
 
 def without_verb(parts: list[str]) -> list[str]:
-    """What follows a collection, without `create`, and without a verb beside an id."""
+    """What follows a collection: `create` and verbs beside an id go."""
     match parts:
         case ["create"]:
             return []

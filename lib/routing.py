@@ -8,8 +8,6 @@ becomes a Function once, which has one pydantic validator for all values beside 
 
     async def get(id: UUID, limit: Annotated[int, Query(ge=1)] = 9) -> Response: …
     {"path": {"id": "0199…"}, "query": {}}  ->  {"path": {"id": UUID(…)}, "query": {"limit": 9}}
-
-tests/test_routing.py asks both the same.
 """
 
 import re
