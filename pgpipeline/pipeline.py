@@ -221,8 +221,9 @@ class Pipeline:
         error = errors.error_of(statement.name, reason)
         if isinstance(reason, postgres.InvalidSqlStatementName):
             self.connection.prepared.discard(statement.prepared_name)
-        if outdated := errors.is_outdated(reason):
-            statement.renew()
+        outdated = errors.is_outdated(reason)
+        if outdated and statement.prepared_name in self.connection.prepared:
+            statement.renew()  # once, though many queries under way were sent by the old name
         if isinstance(reason, postgres.ReadOnlySqlTransaction):
             # Since a failover all connections may lead to a standby. release() has them replaced
             # before it sends the query again.

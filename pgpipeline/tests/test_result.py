@@ -99,3 +99,4 @@ async def test_columns_travel_with_their_rows_while_a_table_is_altered(
     ended.set()
     await asyncio.gather(*readers)
     assert seen == shapes
+    assert select.generation < 100  # each change costs one name, and not one for each reader
