@@ -92,7 +92,8 @@ class Queue:
                 self.next_place += 1
         query.in_line = True
         self.waiting += 1
-        self.place(tenant)
+        if query is tenant.line[0]:
+            self.place(tenant)
         if self.waiting > MAX_QUEUE:
             last = max(self.tenants.values(), key=lambda tenant: len(tenant.line)).line[-1]
             self.remove(last)
@@ -152,7 +153,8 @@ class Queue:
             del tenant.under_way[pipeline]
         if quickly:
             self.slow.pop(tenant.name, None)  # all may have been slow for a moment
-        self.place(tenant)
+        if tenant.line and not tenant.turn:
+            self.place(tenant)
         self.forget(tenant)
 
     def forget(self, tenant: Tenant) -> None:

@@ -6,6 +6,7 @@ which takes no STABLE function there, so this module does it for single rows, in
 """
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -53,6 +54,12 @@ ENCODERS |= {oid: array_of(ENCODERS.get(element, encode_basestring))
              for oid, element in ARRAYS.items()}  # fmt: skip
 
 
+@lru_cache(maxsize=1000)
+def member(name: str, oid: int) -> tuple[str, Encoder]:
+    """The key of a column in a JSON object, and the encoder of its values."""
+    return encode_basestring(name) + ":", ENCODERS.get(oid, encode_basestring)
+
+
 class Result:
     """The rows of an answer. It is falsy without rows, and gives its rows when iterated over.
 
@@ -78,10 +85,9 @@ class Result:
 
     def json(self, row: int = 0, stop: int | None = None) -> bytes:
         """A row as a JSON object in UTF-8, of its columns up to the number `stop`."""
+        columns = [member(*column) for column in self.columns[:stop]]
         members = [
-            encode_basestring(name)
-            + ":"
-            + ("null" if value is None else ENCODERS.get(oid, encode_basestring)(value.decode()))
-            for (name, oid), value in zip(self.columns[:stop], self.rows[row], strict=False)
+            key + ("null" if value is None else encode(value.decode()))
+            for (key, encode), value in zip(columns, self.rows[row], strict=False)
         ]
         return ("{" + ",".join(members) + "}").encode()
