@@ -117,15 +117,16 @@ class Pipeline:
             await connections.drain()  # what happened to this connection may have happened to all
             await self.connection.close()
         await connections.release(self.connection)
-        for query, refusal in self.refused:
-            self.pool.retry(query, refusal)
-        for query in self.sent:
+        # The last one first, because retry() puts each before the others of its tenant.
+        for query in reversed(self.sent):
             self.pool.queue.ended(query, self, quickly=False)
             lost = errors.Unavailable("connection lost")
             if query.statement.reads_only or isinstance(error, postgres.AdminShutdown):
                 self.pool.retry(query, lost)
             else:  # a write that may have been executed already
                 fail(query, lost)
+        for query, refusal in reversed(self.refused):  # these came before those without an answer
+            self.pool.retry(query, refusal)
 
     # Sending queries...
 
@@ -136,6 +137,7 @@ class Pipeline:
         self.sent.append(query)
         self.unflushed = True
         name, pgconn = query.statement.prepared_name, self.connection.pgconn
+        query.sent_by_name = name
         try:
             if name not in self.connection.prepared:
                 self.connection.prepared.add(name)
@@ -220,9 +222,9 @@ class Pipeline:
         statement, reason = query.statement, postgres.error_from_result(answer)
         error = errors.error_of(statement.name, reason)
         if isinstance(reason, postgres.InvalidSqlStatementName):
-            self.connection.prepared.discard(statement.prepared_name)
+            self.connection.prepared.discard(query.sent_by_name)
         outdated = errors.is_outdated(reason)
-        if outdated and statement.prepared_name in self.connection.prepared:
+        if outdated and query.sent_by_name == statement.prepared_name:
             statement.renew()  # once, though many queries under way were sent by the old name
         if isinstance(reason, postgres.ReadOnlySqlTransaction):
             # Since a failover all connections may lead to a standby. release() has them replaced
@@ -260,7 +262,7 @@ class Pipeline:
             if now - query.cancelled_at > CANCEL_TIMEOUT:
                 self.finish(TimeoutError())  # the server or the way to it has gone
             return
-        others_wait = len(self.sent) > 1 or self.pool.queue
+        others_wait = len(self.sent) > 1 or self.pool.queue or self.refused
         holds_up = others_wait and now - self.waiting_since > STATEMENT_TIMEOUT
         if holds_up or query.result.done():
             query.cancelled_at = now

@@ -123,7 +123,9 @@ class PipelinePool:
             pipeline = min(pipelines, key=lambda pipeline: len(pipeline.sent))
             if len(pipeline.sent) >= self.depth:
                 return
-            if query := self.queue.take(pipeline, serves_slow):
+            if pipeline.state is not State.ACTIVE:  # its connection was lost in this loop
+                pipelines.remove(pipeline)
+            elif query := self.queue.take(pipeline, serves_slow):
                 pipeline.send(query)
             else:  # another one may have a tenant's queries under way, and so may get more of them
                 pipelines.remove(pipeline)

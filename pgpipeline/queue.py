@@ -52,6 +52,7 @@ class Query:
     place: int = 0  # among all queries, those with the lowest first
     in_line: bool = False
     attempts: int = 1
+    sent_by_name: bytes = b""  # of the prepared statement
     cancelled_at: float = 0.0  # on the clock of time.monotonic()
 
 

@@ -68,6 +68,15 @@ async def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
     assert value(table, "SELECT count(*) FROM stored") == 1
 
 
+async def test_queries_that_are_sent_again_keep_their_order(pool: PipelinePool, table: str) -> None:
+    sql = "INSERT INTO stored SELECT %(n)s::integer FROM pg_sleep(0.3)"
+    queries = [asyncio.create_task(ask(pool, sql, n=n)) for n in range(4)]
+    await asyncio.sleep(0.1)
+    value(table, END["terminate"])
+    await asyncio.gather(*queries)
+    assert value(table, "SELECT array_agg(n) FROM stored") == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("end", ["RETURNING n, 'pg_sleep'", "/* pg_sleep */"])
 async def test_a_write_whose_answer_came_before_the_end_of_its_session_is_not_sent_again(
     pool: PipelinePool, table: str, end: str
