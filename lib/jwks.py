@@ -12,7 +12,6 @@ What find() does for a token that a known key fits depends on the state of the k
 
 For a token that no known key fits it waits for a fetch in any state, 5 s at most. If the fetch has
 brought a set without such a key, the answer is 401. If it failed, or has no answer yet, it is 503.
-
 A fetch starts when the last one has ended, 5 s after its start at the earliest, because anybody can
 invent a kid. Until then the outcome of the last one counts.
 """
@@ -90,8 +89,7 @@ class KeySet:
         if not keys or self.state is State.EXPIRED:
             end = self.started + (PATIENCE if keys else TIMEOUT)
             with suppress(TimeoutError):
-                async with asyncio.timeout(end - monotonic()):
-                    await self.answered.wait()
+                await asyncio.wait_for(self.answered.wait(), end - monotonic())
             keys = self.fitting(kid, alg, refused)
         if not keys and not refused and (self.failure or not self.answered.is_set()):
             text, reason = "The issuer's keys are out of reach: try again later", self.failure
@@ -100,9 +98,12 @@ class KeySet:
 
     def fitting(self, kid: str | None, alg: str, refused: Collection[Any]) -> list[Any]:
         """As find(), among the keys that are known."""
-        keys = [(its, key) for its, name, key in self.keys if name == alg and key not in refused]
-        keys = [(its, key) for its, key in keys if kid is None or its in (None, kid)]
-        return [key for _, key in keys[: MAX_TRIED - len(refused)]]
+        keys = [
+            key
+            for key_id, key_alg, key in self.keys
+            if key_alg == alg and (kid is None or key_id in (None, kid)) and key not in refused
+        ]
+        return keys[: MAX_TRIED - len(refused)]
 
     # Fetching them...
 
@@ -116,7 +117,7 @@ class KeySet:
             self.answered.clear()
 
     def fetch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Replaces the keys. Runs in a thread."""
+        """Replaces the keys. Runs in a thread, so that urllib does not hold up the loop."""
         try:
             keys, self.failure = self.read(self.download()), ""
             if not keys:

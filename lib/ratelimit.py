@@ -60,13 +60,14 @@ class Breaker:
 
     def record(self, is_in_time: bool) -> None:
         self.failures = 0 if is_in_time else self.failures + 1
+        if self.failures == MAX_FAILURES:
+            log.warning("Redis fails or is slow: this instance counts by itself")
 
 
 class RateLimiter:
     """Counts in fixed windows. A window that is over is dropped as a whole."""
 
     def __init__(self, storage_uri: str = "") -> None:
-        """A URI is like redis://host:6379. Without one no other instance's hits count."""
         self.windows: dict[str, tuple[float, dict[str | int, int]]] = {}  # by name: end, counters
         self.shared: Any = connect(storage_uri) if storage_uri else None
         self.breaker = Breaker()
@@ -79,9 +80,8 @@ class RateLimiter:
         """
         if limit is None:
             return
-        wait = None
-        if self.shared and self.breaker.may_ask():
-            wait = await self.ask(name, limit, keys[0])
+        may_ask = self.shared and self.breaker.may_ask()
+        wait = await self.ask(name, limit, keys[0]) if may_ask else None
         if wait is None:
             wait = self.count(name, limit, keys)
         if wait:
