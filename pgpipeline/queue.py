@@ -136,7 +136,7 @@ class Queue:
         if self.apart and is_slow != serves_slow:
             return False
         most = max(1, self.size - 1 - self.apart)  # pipelines for one tenant
-        if self.size > 1 and pipeline not in tenant.under_way and len(tenant.under_way) >= most:
+        if pipeline not in tenant.under_way and len(tenant.under_way) >= most:
             return False
         return sum(tenant.under_way.values()) < self.window(tenant)
 
