@@ -451,8 +451,11 @@ def test_a_migration_takes_the_time_that_it_takes(
     ],
 )
 def test_a_session_that_would_write_times_in_another_way_ends_the_start(
-    database: str, options: str, words: str
+    database: str, options: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("PGTZ", "PGDATESTYLE"):  # libpq prefers them, and a pooler does not know them
+        monkeypatch.delenv(name, raising=False)
+
     async def check() -> None:
         async with await psycopg.AsyncConnection.connect(database, options=options) as connection:
             await prepare.check_session(connection, database)
