@@ -85,8 +85,10 @@ def serve(app: str, fd: str, parent: str, *reload: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=follow, daemon=True).start()
-    options = {"reload": True, "reload_includes": ["*.sql"]} if reload else {}
-    uvicorn.run(app, fd=int(fd), **server.FLAGS | options)
+    if reload:
+        uvicorn.run(app, fd=int(fd), reload=True, reload_includes=["*.sql"], **server.FLAGS)
+    else:
+        server.run(app, fd=int(fd))
 
 
 if __name__ == "__main__":

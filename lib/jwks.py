@@ -13,7 +13,8 @@ What find() does for a token that a known key fits depends on the state of the k
 For a token that no known key fits it waits for a fetch in any state, 5 s at most. If the fetch has
 brought a set without such a key, the answer is 401. If it failed, or has no answer yet, it is 503.
 A fetch starts when the last one has ended, 5 s after its start at the earliest, because anybody can
-invent a kid. Until then the outcome of the last one counts.
+invent a kid. Until then the outcome of the last one counts. One that has not ended after 10 minutes
+is given up, because an issuer may send its answer byte by byte for ever.
 """
 
 import asyncio
@@ -109,26 +110,30 @@ class KeySet:
 
     def start_fetch(self) -> None:
         """Starts a fetch, if one may start."""
-        if self.answered.is_set() and monotonic() - self.started > MIN_INTERVAL:
+        interval = MIN_INTERVAL if self.answered.is_set() else LIFETIME
+        if monotonic() - self.started > interval:
+            self.started, self.answered = monotonic(), asyncio.Event()
             # A daemon, because other threads would hold up the end of the process.
-            loop = asyncio.get_running_loop()
-            threading.Thread(target=self.fetch, args=[loop], daemon=True).start()
-            self.started = monotonic()
-            self.answered.clear()
+            arguments = (asyncio.get_running_loop(), self.answered)
+            threading.Thread(target=self.fetch, args=arguments, daemon=True).start()
 
-    def fetch(self, loop: asyncio.AbstractEventLoop) -> None:
+    def fetch(self, loop: asyncio.AbstractEventLoop, answered: asyncio.Event) -> None:
         """Replaces the keys. Runs in a thread, so that urllib does not hold up the loop."""
         try:
-            keys, self.failure = self.read(self.download()), ""
-            if not keys:
-                log.warning("JWKS has no key for %s", ", ".join(self.algorithms))
-            if keys or self.state is State.EXPIRED:  # a set without keys may be a mishap
-                self.keys, self.fetched = keys, monotonic()
+            keys, failure = self.read(self.download()), ""
         except Exception as error:
-            self.failure = str(error)[:200] or type(error).__name__
-            log.warning("JWKS not fetched: %s", self.failure)
+            keys, failure = [], str(error)[:200] or type(error).__name__
+        if answered is not self.answered:  # this fetch was given up
+            return
+        self.failure = failure
+        if failure:
+            log.warning("JWKS not fetched: %s", failure)
+        elif not keys:
+            log.warning("JWKS has no key for %s", ", ".join(self.algorithms))
+        if keys or self.state is State.EXPIRED:  # a set without keys may be a mishap
+            self.keys, self.fetched = keys, monotonic()
         with suppress(RuntimeError):  # the loop was closed
-            loop.call_soon_threadsafe(self.answered.set)
+            loop.call_soon_threadsafe(answered.set)
 
     def download(self) -> bytes:
         """The issuer's answer. Raises OSError, or ValueError for too long a one."""

@@ -45,9 +45,12 @@ def duplicates(listener: socket.socket) -> list[socket.socket]:
     return [listener, *(listener.dup() for _ in range(LISTENERS - 1))]
 
 
-def run(app: str, host: str) -> None:
-    """Serves `app` until a signal. The port is taken first, and listened on after its start."""
-    config = uvicorn.Config(app, host, Settings.load().port, **FLAGS)
+def run(app: str, host: str = "", fd: int | None = None) -> None:
+    """Serves `app` until a signal. `fd`, a socket that listens already, replaces host and port.
+
+    The port is taken first, and listened on when the application has started.
+    """
+    config = uvicorn.Config(app, host, Settings.load().port, fd=fd, **FLAGS)
     config.load()  # so that the application's logging is there before the first line
     sockets = duplicates(config.bind_socket())
     with suppress(KeyboardInterrupt):  # Ctrl-C, after the server has shut down

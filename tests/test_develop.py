@@ -1,12 +1,14 @@
 """What `python main.py` promises a developer, whatever state the last run left behind."""
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import venv
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +19,7 @@ import psutil
 import pytest
 
 from conftest import HERE, copy_service, free_port, listens, outside, wait_until
-from lib import develop
+from lib import develop, serve
 
 UNREACHABLE = "postgresql://somebody@127.0.0.1:1/nowhere"
 KEYS = "https://issuer.example/jwks/of/more/than/thirty-two/bytes"
@@ -107,6 +109,14 @@ def test_each_signal_stops_the_service_and_its_postgresql(used: Path, number: in
     assert "Finished server process" in run.printed.splitlines()[-1]
     assert "Traceback" not in run.printed
     assert inside(used) == []
+
+
+def test_it_accepts_by_as_many_sockets_as_the_procfiles_server(used: Path) -> None:
+    with running(used) as run:
+        assert run.ask("/health").is_success
+        open_files = [Path(f"/proc/{process.pid}/fd").iterdir() for process in inside(used)]
+        links = [Counter(os.readlink(each) for each in files) for files in open_files]
+    assert max(count for each in links for count in each.values()) >= serve.LISTENERS
 
 
 @pytest.mark.parametrize("until", [".data", ".data/*/base", ".data/postgres/postmaster.pid"])

@@ -600,6 +600,27 @@ def test_an_issuer_that_hangs_delays_one_token_of_a_known_key_by_a_second(issuer
     asyncio.run(story())
 
 
+def test_a_fetch_without_an_end_is_given_up_after_ten_minutes(issuer: Issuer) -> None:
+    async def story() -> None:
+        keys = KeySet(issuer.url, ALGORITHMS)
+        issuer.delay = 1
+        kept = asyncio.create_task(finds(keys, issuer))
+        await asyncio.sleep(0.1)
+        first, issuer.delay = keys.answered, 0
+        keys.started -= 599
+        assert first is keys.answered
+        keys.started -= 2
+        assert await finds(keys, issuer)
+        assert first is not keys.answered and issuer.requests == 2
+        issuer.rotate()
+        fetched = keys.fetched
+        await kept
+        await asyncio.sleep(1)
+        assert keys.fetched == fetched  # the first one's answer came too late
+
+    asyncio.run(story())
+
+
 @parametrize(("in_set", "in_token"), [(False, False), (False, True), (True, False)])
 def test_where_the_set_or_the_token_has_no_kid_ten_keys_are_tried_and_no_more(
     monkeypatch: pytest.MonkeyPatch, issuer: Issuer, in_set: bool, in_token: bool
