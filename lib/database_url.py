@@ -65,7 +65,8 @@ def uri_for_libpq(uri: str) -> str:
     place, query = parts.groups("")
     given = {}
     for each in filter(None, query.split("&")):
-        name, equals, given[name] = each.partition("=")
+        name, equals, value = each.partition("=")
+        given[name] = value
         if not equals:  # a part of a password with & in it
             raise SystemExit(f"{MALFORMED}, and & as %26")
     if "ssl" in given:  # the word of other drivers, which does not weaken libpq's

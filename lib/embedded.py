@@ -59,7 +59,8 @@ def postgres(home: Path) -> Iterator[str]:
 def stop_left_behind(programs: Path, data: Path, owner: int) -> None:
     """Stops a PostgreSQL that still holds its lock, so that postmaster.pid surely has its pid."""
     stop = [str(programs / "pg_ctl"), "stop", "-D", str(data)]
-    call(stop, user=owner, cwd=data, stdout=DEVNULL, stderr=DEVNULL)
+    if call(stop, user=owner, cwd=data, stdout=DEVNULL, stderr=DEVNULL):
+        time.sleep(0.05)  # only children of PostgreSQL are left, and end soon
 
 
 def lock(file: IO[str]) -> bool:

@@ -38,7 +38,7 @@ class Passwords:
 
     async def check(self, password: str, stored: bytes | None) -> bool:
         """Whether `stored` is the hash of the password, and not None. Raises as hash()."""
-        for text in {normalize("NFC", password), password}:
+        for text in dict.fromkeys([normalize("NFC", password), password]):
             if await self.run(bcrypt.checkpw, to_bytes(text), stored or self.dummy):
                 return stored is not None
         return False

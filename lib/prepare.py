@@ -180,11 +180,11 @@ async def check_pooler(connection: Connection, conninfo: str) -> None:
     there is one. It knows none of the first one's statements.
     """
     try:
-        second = await AsyncConnection.connect(conninfo)
+        other = await AsyncConnection.connect(conninfo)
     except psycopg.OperationalError:  # the pooler lets one client in: it has nothing to mix up
         return
     try:
-        async with second as other:
+        async with other:
             await connection.execute("SELECT 1", prepare=True)
             await other.execute("SELECT 1")
             again = asyncio.create_task(connection.execute("SELECT 1", prepare=True))

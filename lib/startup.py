@@ -21,7 +21,7 @@ log = logging.getLogger("startup")
 
 
 def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]]) -> Any:
-    """A lifespan for FastAPI that starts a service, and stops it in any case."""
+    """A lifespan for FastAPI that starts a service, and stops it even if its use fails."""
 
     @asynccontextmanager
     async def run(_: FastAPI) -> AsyncIterator[None]:
