@@ -9,6 +9,7 @@ share a pipe do not mix lines of up to PIPE_BUF bytes, which only a long trace e
 """
 
 import atexit
+import json
 import logging
 import os
 import select
@@ -65,12 +66,15 @@ output = Output(1)
 
 
 def encode(level: str, fields: dict[str, Any]) -> bytes:
-    return to_json({"time": datetime.now(UTC), "level": level, **fields}) + b"\n"
+    line = {"time": datetime.now(UTC), "level": level, **fields}
+    try:
+        return to_json(line) + b"\n"
+    except ValueError:  # half of a surrogate pair, which no UTF-8 has: it becomes a "?"
+        return json.dumps(line, default=str, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 def write(level: str, fields: dict[str, Any]) -> None:
-    with suppress(ValueError):  # text that is not Unicode, such as half of a surrogate pair
-        output.write(encode(level, fields))
+    output.write(encode(level, fields))
 
 
 def flush() -> None:

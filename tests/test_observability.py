@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -38,10 +39,16 @@ def test_lines_that_a_full_disk_refused_are_whole_when_it_has_room_again(
     monkeypatch.setattr(os, "write", write)
     logs.write("INFO", {"message": "x"})
     monkeypatch.undo()
-    logs.write("INFO", {"message": "\ud800"})  # no Unicode: it is lost
     logs.write("INFO", {"message": "y"})
     written = [json.loads(line)["message"] for line in capfd.readouterr().out.splitlines()]
     assert written == ["x", "y"]
+
+
+def test_half_of_a_surrogate_pair_costs_no_line(capfd: pytest.CaptureFixture[str]) -> None:
+    logs.write("INFO", {"message": "request", "reason": "no key for \ud800é"})
+    line = json.loads(capfd.readouterr().out)
+    assert (line["message"], line["reason"]) == ("request", "no key for ?é")
+    assert datetime.fromisoformat(line["time"]).tzinfo
 
 
 def test_processes_that_share_a_pipe_do_not_mix_their_lines() -> None:
