@@ -137,9 +137,9 @@ class ErrorResponses:
 class BodyLimit:
     """Bounds the bytes and the time of a body, and the bytes of all until their requests end.
 
-    A route that asks for the body gets it whole, or HTTPProblem is raised: 401 and 404 come first.
-    Each user, or address while there is no user, has a share of the bytes, so that one who sends
-    many bodies and ends none does not keep others from sending theirs.
+    Raises HTTPProblem: 413 and 415 by the headers at once, the others when a route asks for the
+    body, so that a 401 or 404 comes first. Each user, or address without a user, has a share
+    of the bytes, so that unfinished bodies of one do not keep others from sending theirs.
     """
 
     def __init__(self, app: ASGIApp) -> None:

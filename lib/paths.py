@@ -1,4 +1,4 @@
-"""Middleware that gives each path the one form that a route has. Clients write:
+"""Middleware that gives each path its route's form. Clients write, for example:
 
 /api/v1/…                                     for /api/…
 /api/tasks, /api/auth/…, /api/health          for /tasks, /auth/…, /health

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lib.problems import HTTPProblem
 
-MAX_COUNTERS = 50_000  # exact ones of one limit in one window, some 7 MB
+MAX_COUNTERS = 50_000  # of a limit and level of networks: some 7 MB
 PATIENCE = 0.1  # seconds that a request waits for Redis
 TIMEOUT = 1.0  # seconds after which a question is given up
 MAX_FAILURES = 3  # of Redis in a row: errors, and answers after PATIENCE

@@ -1,7 +1,7 @@
 """Verifies JWTs (RFC 7519): the signature first, and then what the claims say.
 
 verifier = TokenVerifier(secret, key_set, Rules(issuer="https://app.example", ...))
-user_id, expires, by_issuer = await verifier.verify(token)  # raises Unauthorized
+user_id, expires, by_jwks = await verifier.verify(token)  # raises Unauthorized
 """
 
 import re
@@ -34,7 +34,7 @@ class TokenVerifier:
         self.secret, self.key_set, self.rules = secret, key_set, rules
 
     async def verify(self, token: str) -> tuple[str, float, bool]:
-        """The user id, the expiry in seconds since 1970, and whether an outside issuer signed it.
+        """The user id, the expiry in seconds since 1970, and whether JWKS verified it.
 
         Raises Unauthorized, which says which claim is wrong, but not why a signature is. Raises
         HTTPProblem(503) while the issuer's keys are out of reach.
@@ -83,7 +83,7 @@ class TokenVerifier:
         user_id, size = claims[rules.user_claim], rules.max_user_id
         is_text = isinstance(user_id, str) and user_id.isprintable()
         if not is_text or not 1 <= len(user_id) <= size:
-            text = f"the claim {rules.user_claim} is not a text of 1 to {size} visible characters"
+            text = f"the claim {rules.user_claim} is not a text of 1 to {size} printable characters"
             raise Unauthorized(description=text)
         return user_id, claims["exp"]
 

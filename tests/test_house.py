@@ -50,7 +50,9 @@ def test_the_route_tables_are_the_apps(public: Client) -> None:
     in_main = re.findall(r"^    ([A-Z]+) +(/\S*)", text_of("main.py"), re.M)
     table = "\n".join(re.findall(r"^\| `.*", text_of("README.md"), re.M))
     in_readme = re.findall(r"`([A-Z]+) (/[^`?]*)", table)
-    assert set(in_main) == set(in_readme) == {tuple(route.split()) for route in roots}
+    served = {tuple(route.split()) for route in roots}
+    assert set(in_main) == served, "main.py: the table at its top differs from its routes"
+    assert set(in_readme) == served, "README.md: the table of 'Use it' differs from the routes"
 
 
 def test_the_document_says_what_a_token_is_and_that_a_body_may_be_400(public: Client) -> None:
@@ -136,18 +138,19 @@ def test_main_holds_no_sql() -> None:
     assert statements("main.py") == []
 
 
-# Sizes: the front is read in one sitting.
+# Sizes: the front is read in one sitting. A fork may raise these: lines, and bytes in UTF-8.
+
+SIZES = {"the front": (1_060, 46_080), "lib/": (2_720, 121_000), "pgpipeline/": (950, 43_000)}
 
 
-@parametrize(
-    ("names", "lines", "size"),
-    [(FRONT, 1_060, 46_080), (LIB, 2_720, 121_000), (PGPIPELINE, 950, 43_000)],
-)
-def test_no_floor_of_the_house_outgrows_its_readers(
-    names: list[str], lines: int, size: int
-) -> None:
+@parametrize(("part", "names"), [("the front", FRONT), ("lib/", LIB), ("pgpipeline/", PGPIPELINE)])
+def test_no_floor_of_the_house_outgrows_its_readers(part: str, names: list[str]) -> None:
     text = text_of(*names)
-    assert (len(text.splitlines()) <= lines, len(text.encode()) <= size) == (True, True)
+    has, most = (len(text.splitlines()), len(text.encode())), SIZES[part]
+    sizes = "{} has {:,} lines and {:,} bytes; SIZES in tests/test_house.py allow {:,} and {:,}"
+    advice = "shorten it, or raise them if this is your fork"
+    fits = has[0] <= most[0] and has[1] <= most[1]
+    assert fits, f"{sizes.format(part, *has, *most)}: {advice}"
 
 
 # Layers.
