@@ -41,36 +41,14 @@ def parse_limit(text: str) -> Limit:
     return Limit(int(amount), UNITS[unit.strip()])
 
 
-class Breaker:
-    """Keeps requests from waiting for a Redis that fails or is slow.
-
-    CLOSED    every request asks. MAX_FAILURES in a row open the breaker.
-    OPEN      one request asks every PAUSE seconds. An answer in time closes the breaker.
-    """
-
-    failures = 0  # in a row
-    retry_at = 0.0  # when the next request may ask, while the breaker is OPEN
-
-    def may_ask(self) -> bool:
-        is_open, now = self.failures >= MAX_FAILURES, monotonic()
-        if is_open and now < self.retry_at:
-            return False
-        self.retry_at = now + PAUSE  # while OPEN, no other asks before this one has its answer
-        return True
-
-    def record(self, is_in_time: bool) -> None:
-        self.failures = 0 if is_in_time else self.failures + 1
-        if self.failures == MAX_FAILURES:
-            log.warning("Redis fails or is slow: this instance counts by itself")
-
-
 class RateLimiter:
     """Counts in fixed windows. A window that is over is dropped as a whole."""
 
     def __init__(self, storage_uri: str = "") -> None:
         self.windows: dict[str, tuple[float, dict[str | int, int]]] = {}  # by name: end, counters
         self.shared: Any = connect(storage_uri) if storage_uri else None
-        self.breaker = Breaker()
+        self.failures = 0  # of Redis in a row
+        self.retry_at = 0.0  # when one request may ask it again, after MAX_FAILURES
 
     async def hit(self, name: str, limit: Limit | None, *keys: str) -> None:
         """Counts one for the first key. Raises HTTPProblem(429) above the limit, if there is one.
@@ -80,8 +58,7 @@ class RateLimiter:
         """
         if limit is None:
             return
-        may_ask = self.shared and self.breaker.may_ask()
-        wait = await self.ask(name, limit, keys[0]) if may_ask else None
+        wait = await self.ask(name, limit, keys[0]) if self.shared else None
         if wait is None:
             wait = self.count(name, limit, keys)
         if wait:
@@ -98,36 +75,42 @@ class RateLimiter:
         ends, counters = self.windows.get(name, (0.0, {}))
         if now >= ends:
             ends, counters = self.windows[name] = now + limit.seconds, {}
-        key: str | int = hash(keys[-1]) % MAX_COUNTERS  # where no key finds room, some share one
-        for level, each in enumerate(keys, 1):
-            if each in counters or len(counters) < level * MAX_COUNTERS:
-                key = each
+        key: str | int
+        for level, key in enumerate(keys, 1):
+            if key in counters or len(counters) < level * MAX_COUNTERS:
                 break
+        else:  # no key finds room, so that some share one
+            key = hash(keys[-1]) % MAX_COUNTERS
         counters[key] = counters.get(key, 0) + 1
         return ends - now if counters[key] > limit.amount else 0.0
 
     async def ask(self, name: str, limit: Limit, key: str) -> float | None:
-        """As count(), in Redis. None if it fails or takes longer than PATIENCE."""
+        """As count(), in Redis. None if it fails, is slower than PATIENCE, or was so of late."""
+        if self.failures >= MAX_FAILURES and monotonic() < self.retry_at:
+            return None
+        self.retry_at = monotonic() + PAUSE  # no other asks before this one has its answer
         # A question goes on after that: a connection may take longer to make, and serves others.
         question = asyncio.create_task(self.count_in_redis(name, limit, key))
         done, _ = await asyncio.wait([question], timeout=PATIENCE)
         answer = question.result() if done else None
-        self.breaker.record(is_in_time=answer is not None)
+        self.failures = 0 if answer is not None else self.failures + 1
+        if self.failures == MAX_FAILURES:
+            log.warning("Redis fails or is slow: this instance counts by itself")
         return answer
 
     async def count_in_redis(self, name: str, limit: Limit, key: str) -> float | None:
         from limits import RateLimitItemPerSecond
 
-        item, wait = RateLimitItemPerSecond(*limit), 0.0
+        item = RateLimitItemPerSecond(*limit)
         try:
             async with asyncio.timeout(TIMEOUT):
-                if not await self.shared.hit(item, name, key):
-                    window = await self.shared.get_window_stats(item, name, key)
-                    wait = max(window.reset_time - time(), 0) + 0.5  # Redis rounds its seconds
+                if await self.shared.hit(item, name, key):
+                    return 0.0
+                window = await self.shared.get_window_stats(item, name, key)
+                return max(float(window.reset_time) - time(), 0) + 0.5  # Redis rounds its seconds
         except Exception as error:
             log.warning("rate limit storage failed: %s", type(error).__name__)
             return None
-        return wait
 
 
 def connect(uri: str) -> Any:

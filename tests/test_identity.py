@@ -412,7 +412,7 @@ def test_after_three_late_answers_one_request_in_five_seconds_asks_redis(caplog:
         limiter, slow = RateLimiter(), Slow()
         limiter.shared = slow
         for seconds, delay, asked in ((0, 0.3, 3), (3, 0.3, 3), (5, 0.3, 4), (5, 0.0, 14)):
-            limiter.breaker.retry_at -= seconds
+            limiter.retry_at -= seconds
             slow.delay = delay
             for _ in range(10):
                 await limiter.hit("test", Limit(1000, 600), "u")
