@@ -27,7 +27,6 @@ from contextlib import suppress
 from enum import Enum
 from time import monotonic
 from typing import Any
-from urllib.error import HTTPError
 
 import jwt
 
@@ -128,8 +127,6 @@ class KeySet:
         self.failure = failure
         if failure:
             log.warning("JWKS not fetched: %s", failure)
-        elif not keys:
-            log.warning("JWKS has no key for %s", ", ".join(self.algorithms))
         if keys or self.state is State.EXPIRED:  # a set without keys may be a mishap
             self.keys, self.fetched = keys, monotonic()
         with suppress(RuntimeError):  # the loop was closed
@@ -139,12 +136,8 @@ class KeySet:
         """The issuer's answer. Raises OSError, or ValueError for too long a one."""
         # Some issuers stand behind a filter that refuses Python's own User-Agent.
         request = urllib.request.Request(self.url, headers={"User-Agent": "jwks"})  # noqa: S310
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:  # noqa: S310
-                body: bytes = response.read(MAX_SIZE + 1)
-        except HTTPError as error:
-            error.close()  # it holds the connection
-            raise
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:  # noqa: S310
+            body: bytes = response.read(MAX_SIZE + 1)
         if len(body) > MAX_SIZE:
             raise ValueError(f"more than {MAX_SIZE} bytes")
         return body

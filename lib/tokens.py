@@ -68,39 +68,36 @@ class TokenVerifier:
 
     def read(self, claims: dict[str, Any]) -> tuple[str, float]:
         """The user id and the expiry. Raises Unauthorized that names the first wrong claim."""
-        rules = self.rules
-        needed = {"exp": True, rules.user_claim: True, "iss": rules.issuer, "aud": rules.audience}
-        for name, is_needed in needed.items():
-            if is_needed and claims.get(name) is None:
-                raise Unauthorized(description=f"the token has no claim {name}")
-        self.check_times(claims)
-        sent = claims.get("aud")
-        audiences = sent if isinstance(sent, list) else [sent]
-        if rules.issuer and claims["iss"] != rules.issuer:
-            raise Unauthorized(description="the token is of another issuer")
-        if rules.audience and rules.audience not in audiences:
-            raise Unauthorized(description="the token is for another audience")
-        user_id, size = claims[rules.user_claim], rules.max_user_id
-        is_text = isinstance(user_id, str) and user_id.isprintable()
-        if not is_text or not 1 <= len(user_id) <= size:
-            text = f"the claim {rules.user_claim} is not a text of 1 to {size} printable characters"
-            raise Unauthorized(description=text)
-        return user_id, claims["exp"]
+        if wrong := self.wrong_claim(claims):
+            raise Unauthorized(description=wrong)
+        if claims["exp"] <= time():
+            raise Unauthorized(code="token_expired", description="the token has expired")
+        return claims[self.rules.user_claim], claims["exp"]
 
-    def check_times(self, claims: dict[str, Any]) -> None:
-        now = time()
+    def wrong_claim(self, claims: dict[str, Any]) -> str:
+        """What is wrong with a claim, apart from an `exp` that is over; "" for nothing."""
+        rules, latest = self.rules, time() + self.rules.clock_skew
+        for name in ("exp", rules.user_claim, rules.issuer and "iss", rules.audience and "aud"):
+            if name and claims.get(name) is None:
+                return f"the token has no claim {name}"
         for name in ("exp", "nbf", "iat"):
-            # True is an int. JavaScript's milliseconds would make a token good for 50,000 years.
             value = claims.get(name)
             if value is None:
                 continue
+            # True is an int. JavaScript's milliseconds would make a token good for 50,000 years.
             if type(value) not in (int, float) or not 0 <= value < 1e12:
-                text = f"the claim {name} is not a number of seconds since 1970"
-                raise Unauthorized(description=text)
-            if name != "exp" and value > now + self.rules.clock_skew:
-                raise Unauthorized(description=f"the claim {name} is in the future")
-        if claims["exp"] <= now:
-            raise Unauthorized(code="token_expired", description="the token has expired")
+                return f"the claim {name} is not a number of seconds since 1970"
+            if name != "exp" and value > latest:
+                return f"the claim {name} is in the future"
+        if rules.issuer and claims["iss"] != rules.issuer:
+            return "the token is of another issuer"
+        audiences = claims["aud"] if isinstance(claims.get("aud"), list) else [claims.get("aud")]
+        if rules.audience and rules.audience not in audiences:
+            return "the token is for another audience"
+        user_id, size = claims[rules.user_claim], rules.max_user_id
+        if isinstance(user_id, str) and user_id.isprintable() and 1 <= len(user_id) <= size:
+            return ""
+        return f"the claim {rules.user_claim} is not a text of 1 to {size} printable characters"
 
 
 def decode(token: str, alg: str, key: Any) -> dict[str, Any]:
