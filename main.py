@@ -115,7 +115,7 @@ class TaskCreate(TaskBody):
 
     title: Title
     description: Description = None
-    completed: Completed = Field(default_factory=bool)  # False: see NOT_SENT
+    completed: Completed = Field(default_factory=bool)  # False, but not in OpenAPI
 
 
 class Task(SQLModel):
@@ -147,11 +147,11 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
     pgpipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
 }  # fmt: skip
 
-# Other paths, like /tasks/create, or by a login's media type: see lib/paths.py.
+# Aliases of paths: lib/paths.py lists them.
 NAMES = dict.fromkeys(["tasks", "todos", "task", "todo"], "tasks")  # what clients call /tasks
 CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # these skip the aliases, for speed
 
-# `respond` makes a problem of an exception. PreparedRoutes, faster, leaves the rest to FastAPI.
+# `respond` makes a problem, as JSON, of an exception.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
     title="Todo",
@@ -168,7 +168,7 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.ErrorResponses, respond=respond),
         Middleware(CanonicalPath, names=NAMES, unless=CANONICAL),
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
-        Middleware(PreparedRoutes),  # FastAPI's checks, prepared once
+        Middleware(PreparedRoutes),  # as FastAPI would answer, but prepared once
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
@@ -321,7 +321,7 @@ email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_take
 wrong_login = partial(Unauthorized, code="wrong_credentials", detail="Wrong e-mail or password")
 wrong_password = partial(Unauthorized, code="wrong_password", detail="Wrong current password")
 no_account = partial(HTTPProblem, 404, "This user has no account here", "account_not_found")
-too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")  # an example
+too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")  # for OpenAPI
 
 
 def account_route(path: str, error: HTTPProblem, status: int = 200) -> Decorator:
