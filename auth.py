@@ -128,14 +128,15 @@ class BearerToken(SecurityBase):
         self.scheme_name, self.model = type(self).__name__, scheme.model
 
     async def __call__(self, request: Request) -> str:
-        sent = [value for name, value in request.scope["headers"] if name == b"authorization"]
-        if not sent:
+        state = state_of(request.scope)
+        sent = state.headers.get(b"authorization")
+        if sent is None:
             raise Unauthorized(code="not_authenticated")
-        scheme, _, token = sent[0].decode("latin-1").partition(" ")
-        if len(sent) > 1 or scheme.lower() != "bearer":
+        scheme, _, token = sent.decode("latin-1").partition(" ")
+        if scheme.lower() != "bearer" or "," in token:  # two lines are joined by a comma
             raise Unauthorized(reason="not exactly one Authorization with Bearer")
         user_id = await user_of(token.lstrip(" "))  # after one space or more: RFC 9110 section 11.4
-        state_of(request.scope).user_id = user_id  # for the log and limits
+        state.user_id = user_id  # for the log and limits
         await limiter.hit("user", USER_LIMIT, user_id)
         return user_id
 

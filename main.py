@@ -60,7 +60,6 @@ VERSION = "2.0.0"
 
 class Settings(BaseSettings):
     cors_origins: str = ""
-    client_ip_header: str = Field("X-Forwarded-For", pattern=r"^[\w!#$%&'*+.^`|~-]+$")
     fastapi_otel_auto_configure: bool = False  # traces as OTEL_* say
 
 
@@ -162,7 +161,7 @@ app = openapi.DocumentedAPI(
     lifespan=startup.lifespan(db.start, db.stop),
     telemetry=telemetry(automatic=settings.fastapi_otel_auto_configure),
     middleware=[  # outermost first
-        Middleware(middleware.ClientAddress, header=settings.client_ip_header),  # from proxies
+        Middleware(middleware.ClientAddress),  # as a proxy sends it
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
         Middleware(middleware.ErrorResponses, respond=respond),

@@ -60,23 +60,18 @@ def numbers(tags: Iterable[str], shape: str) -> set[int]:
     return {int(each[1]) for each in found if each}
 
 
-def parse_tags(lines: list[str]) -> list[str] | None:
-    """Several lines are one list. What is no list of entity tags matches nothing."""
-    value = ",".join(lines).strip()
-    if value == "*" or not lines:
-        return ["*"] if lines else None
+def parse_tags(value: str | None) -> list[str] | None:
+    """The tags of a list. What is no list of entity tags matches nothing."""
+    if value is None or value == "*":
+        return ["*"] if value else None
     return re.findall(TAG, value) if TAGS.fullmatch(value) else []
 
 
 async def read_conditions(
-    request: Request,
     if_match: Annotated[str | None, Header(alias="If-Match", max_length=4096)] = None,
     if_none_match: Annotated[str | None, Header(alias="If-None-Match", max_length=4096)] = None,
 ) -> Conditions:
-    if if_match is None and if_none_match is None:
-        return Conditions()
-    lines = request.headers.getlist
-    return Conditions(parse_tags(lines("if-match")), parse_tags(lines("if-none-match")))
+    return Conditions(parse_tags(if_match), parse_tags(if_none_match))
 
 
 def check_key(sent: str | None) -> str | None:

@@ -7,9 +7,11 @@ import asyncio
 import random
 import re
 from collections import Counter
+from ipaddress import ip_network
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -17,6 +19,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from lib import logs
 from lib.problems import RETRY, HTTPProblem, Respond
 from lib.ratelimit import networks
+from lib.settings import BaseSettings
 from lib.state import RequestState, state_of
 
 MAX_BODY = 131_072  # bytes of a request's body
@@ -32,16 +35,33 @@ MAX_ADDRESS = 45  # characters of an IP address at most
 PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")
 
 
-class ClientAddress:
-    """Gives scope["client"] the address of the client, where a proxy in PROXIES has sent it.
+def check_networks(text: str) -> str:
+    """The setting without white space. Raises ValueError for what is no list of networks."""
+    try:
+        return ",".join(str(ip_network(each.strip())) for each in text.split(","))
+    except ValueError:
+        raise ValueError("is not like 173.245.48.0/20, 2400:cb00::/32") from None
 
-    `header` names the header in which the proxy says it. What comes from elsewhere is ignored,
-    because a client can write any header. Of several addresses the last counts that is no proxy.
+
+class Settings(BaseSettings):
+    client_ip_header: str = Field("X-Forwarded-For", pattern=r"^[\w!#$%&'*+.^`|~-]+$")
+    forwarded_allow_ips: Annotated[str, AfterValidator(check_networks)] = PROXIES
+
+
+settings = Settings.load()
+
+
+class ClientAddress:
+    """Gives scope["client"] the address of the client, where a proxy of the settings has sent it.
+
+    What comes from elsewhere is ignored, because a client can write any header. Of several
+    addresses the last counts that is no proxy.
     """
 
-    def __init__(self, app: ASGIApp, header: str) -> None:
-        self.app: Any = ProxyHeadersMiddleware(app, PROXIES)  # type: ignore[arg-type]
-        self.header = header.lower().encode()
+    def __init__(self, app: ASGIApp, settings: Settings = settings) -> None:
+        proxies = settings.forwarded_allow_ips
+        self.app: Any = ProxyHeadersMiddleware(app, proxies)  # type: ignore[arg-type]
+        self.header = settings.client_ip_header.lower().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.header != FORWARDED:
@@ -63,10 +83,8 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started, method = perf_counter(), scope["method"]
-        # White space around a value is no part of it (RFC 9110 section 5.5). uvicorn leaves it.
-        scope["headers"] = [(name, value.strip(b" \t")) for name, value in scope["headers"]]
-        headers = dict(scope["headers"][::-1])
+        started, headers = perf_counter(), values_of(scope["headers"])
+        scope["headers"] = list(headers.items())
         request_id = headers.get(b"x-request-id", b"")
         if not PLAIN_ID.fullmatch(request_id):
             request_id = b"%032x" % random.getrandbits(128)
@@ -87,15 +105,15 @@ class RequestLog:
         try:
             await self.app(scope, receive, send_with_id)
         finally:
-            self.log(method, scope, state, perf_counter() - started)
+            self.log(scope, state, perf_counter() - started)
         scope.clear()  # uvicorn keeps it until the connection's next request
 
-    def log(self, method: str, scope: Scope, state: RequestState, seconds: float) -> None:
+    def log(self, scope: Scope, state: RequestState, seconds: float) -> None:
         route = scope.get("route")
         fields = {
             "message": "request",
             "request_id": state.request_id,
-            "method": method,
+            "method": scope["method"],
             "route": route.path if route else None,
             "status": state.status or 499,  # 499: the client left before there was one
             "duration_ms": round(seconds * 1000, 2),
@@ -105,6 +123,18 @@ class RequestLog:
         if state.reason:
             fields["reason"] = state.reason
         logs.write("INFO", fields)
+
+
+def values_of(lines: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """The value of each header (RFC 9110): several lines of a name are one list (section 5.3).
+
+    White space around a value is no part of it (section 5.5). uvicorn leaves it.
+    """
+    values: dict[bytes, bytes] = {}
+    for name, value in lines:
+        before = values[name] + b", " if name in values else b""
+        values[name] = before + value.strip(b" \t")
+    return values
 
 
 class ErrorResponses:
@@ -149,7 +179,7 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or state_of(scope).body is not None:
             return await self.app(scope, receive, send)
-        state, owner = state_of(scope), ""
+        state, body, owner = state_of(scope), bytearray(), ""
         if state.headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise HTTPProblem(415, "The body must not be compressed")
         self.check_size(int(state.headers.get(b"content-length", 0)))
@@ -159,36 +189,34 @@ class BodyLimit:
             if state.body is not None:
                 return await receive()
             owner = state.user_id or networks(state.client)[0]
-            state.body = await self.read(receive, owner)
-            self.hold(owner, len(state.body))  # until the request has ended
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT):
+                    await self.read(receive, owner, body)
+            except TimeoutError:
+                text = f"The body did not arrive within {BODY_TIMEOUT} seconds"
+                raise HTTPProblem(408, text) from None
+            state.body = bytes(body)
             return {"type": "http.request", "body": state.body, "more_body": False}
 
         try:
             await self.app(scope, receive_whole, send)
         finally:
-            self.hold(owner, -len(state.body or b""))
-
-    async def read(self, receive: Receive, owner: str) -> bytes:
-        body, more = bytearray(), True
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientDisconnect
-                    body += message["body"]
-                    self.hold(owner, len(message["body"]))
-                    self.check_size(len(body))
-                    is_full = self.pending > MAX_BODIES or self.shares[owner] > MAX_SHARE
-                    if is_full and len(body) > SMALL:
-                        raise HTTPProblem(503, "Too many uploads", headers=RETRY)
-                    more = message["more_body"]
-            return bytes(body)
-        except TimeoutError:
-            text = f"The body did not arrive within {BODY_TIMEOUT} seconds"
-            raise HTTPProblem(408, text) from None
-        finally:
             self.hold(owner, -len(body))
+
+    async def read(self, receive: Receive, owner: str, body: bytearray) -> None:
+        """Adds to the body, and to what its owner holds."""
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message["body"]
+            self.hold(owner, len(message["body"]))
+            self.check_size(len(body))
+            is_full = self.pending > MAX_BODIES or self.shares[owner] > MAX_SHARE
+            if is_full and len(body) > SMALL:
+                raise HTTPProblem(503, "Too many uploads", headers=RETRY)
+            more = message["more_body"]
 
     def hold(self, owner: str, size: int) -> None:
         """Counts bytes for an owner, or takes them back (`size` below 0)."""

@@ -9,7 +9,7 @@ from starlette.types import Scope
 class RequestState:
     """RequestLog makes one for each request; state_of() finds it from anywhere inside."""
 
-    headers: dict[bytes, bytes]  # names in lower case; of two alike, the first
+    headers: dict[bytes, bytes]  # names in lower case; of several lines, one list
     request_id: str
     client: str  # the address of the client, for limits and the log
     body: bytes | None  # b"" when none was announced, None until it has been read

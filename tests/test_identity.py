@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Coroutine, Iterator
 from contextlib import closing
@@ -23,7 +22,6 @@ import bcrypt
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
-from fastapi import Request
 
 from conftest import HERE, NOBODYS_ID, SECRET, SETTINGS, Issuer, Redis, outside
 from lib import ratelimit
@@ -153,24 +151,6 @@ def test_an_accounts_token_has_what_is_asked_of_other_tokens(
     claims = jwt.decode(made, SECRET, ["HS256"], options={"verify_aud": False})
     assert (claims["iss"], claims["aud"]) == ("https://issuer.example", "todo")
     assert claims["user_id"] == claims["sub"] == asyncio.run(auth.user_of(made)) == "u"
-
-
-def test_a_header_sent_twice_leaves_the_token_cache_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    verified = 0
-
-    async def verify(_: str) -> tuple[str, float, bool]:
-        nonlocal verified
-        verified += 1
-        return "u", time.time() + 60, False
-
-    monkeypatch.setattr(auth.verifier, "verify", verify)
-    sent = uuid.uuid4().hex.encode()
-    headers = [(b"x", b"1"), (b"authorization", b"Bearer " + sent), (b"x", b"2")]
-    for _ in range(3):
-        state = RequestState({}, "id", "192.0.2.1", b"")
-        scope: Any = {"type": "http", "headers": headers, "state": {"request": state}}
-        assert asyncio.run(auth.current_user(Request(scope))) == state.user_id == "u"
-    assert verified == 1
 
 
 @parametrize(("sub", "is_refused"), [(NOBODYS_ID, True), ("u", False)])

@@ -130,6 +130,20 @@ def test_a_body_counts_for_its_user_until_the_request_has_ended() -> None:
 # The others.
 
 
+def client_behind(peer: str, **settings: str) -> Any:
+    """The address of the client that a peer's request has."""
+    seen: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["client"][0])
+
+    headers: Any = [(b"fly-client-ip", b"198.51.100.7"), HOPS]
+    sent: Scope = {**scope(), "client": (peer, 1), "headers": headers}
+    given: Any = settings
+    run(lambda: ClientAddress(app, middleware.Settings(**given))(sent, nothing, nothing))
+    return seen[0]
+
+
 HOPS = (b"x-forwarded-for", b"9.9.9.9, 203.0.113.7, 10.0.0.1")  # the client writes the first
 
 
@@ -140,15 +154,15 @@ HOPS = (b"x-forwarded-for", b"9.9.9.9, 203.0.113.7, 10.0.0.1")  # the client wri
 def test_a_header_that_names_the_client_is_believed_of_proxies_alone(
     header: str, peer: str, client: str
 ) -> None:
-    seen: list[Any] = []
+    assert client_behind(peer, client_ip_header=header) == client
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(scope["client"][0])
 
-    headers: Any = [(b"fly-client-ip", b"198.51.100.7"), HOPS]
-    sent: Scope = {**scope(), "client": (peer, 1), "headers": headers}
-    run(lambda: ClientAddress(app, header)(sent, nothing, nothing))
-    assert seen == [client]
+def test_a_proxy_outside_of_private_networks_is_believed_where_a_setting_names_it() -> None:
+    behind_two = client_behind("10.0.0.1", forwarded_allow_ips="10.0.0.0/8, 203.0.113.0/24")
+    assert behind_two == "9.9.9.9"
+    for never in ("*", "203.0.113.7/24", "proxy.example"):
+        with pytest.raises(ValueError, match="is not like"):
+            client_behind("10.0.0.1", forwarded_allow_ips=never)
 
 
 @parametrize(
