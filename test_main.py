@@ -447,14 +447,12 @@ def test_every_alias_serves_every_task_route(api: Client, alias: str, slash: str
     assert api.delete(path + slash).status_code == 200
 
 
-ROOTS = ["/auth", "/api/auth", "/api/v1/auth", "", "/api", "/api/v1", "/user", "/users"]
-
-
+AUTH = ["/auth", "/api/auth", "/api/v1/auth", "", "/api", "/api/v1", "/user", "/users"]
 LOGINS = [("login", "json", "email"), ("login", "data", "username"), ("signin", "json", "username")]
 LOGINS += [("token/", "json", "email"), ("token", "data", "username")]
 
 
-@parametrize("root", [*ROOTS, "/api/users"])
+@parametrize("root", [*AUTH, "/api/users"])
 def test_each_name_of_login_takes_json_with_either_field_and_the_form(
     public: Client, account: Account, root: str
 ) -> None:
@@ -580,8 +578,6 @@ def test_the_first_page_says_where_the_documentation_is(public: Client) -> None:
 
 ANNOUNCED = b"Content-Length: 200000000\r\n\r\n" + b"x" * 1000
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n" + (b"8000\r\n" + b"x" * 0x8000 + b"\r\n") * 5
-
-
 PADDED = b"Idempotency-Key: k\r\nX-Request-ID: i\r\nOrigin: https://app.example\r\n"
 PADDED += b"Content-Type: application/json\r\nContent-Encoding: identity\r\nContent-Length: 14\r\n"
 
@@ -1009,15 +1005,10 @@ def test_a_retry_gives_the_task_as_it_is_now(api: Client) -> None:
 
 def test_the_same_key_with_another_body_is_422(api: Client) -> None:
     api.post("/tasks", json={"title": "x"}, headers=KEY)
-    refusal(api.post("/tasks", json={"title": "y"}, headers=KEY), 422, "key_reused")
-    assert len(api.get("/tasks").json()) == 1
-
-
-def test_a_key_stands_for_every_field_of_its_body(api: Client) -> None:
-    api.post("/tasks", json={"title": "x"}, headers=KEY)
-    for more in ({"description": "y"}, {"completed": True}):
-        again = api.post("/tasks", json={"title": "x"} | more, headers=KEY)
+    for other in ({"title": "y"}, {"description": "y"}, {"completed": True}):
+        again = api.post("/tasks", json={"title": "x"} | other, headers=KEY)
         refusal(again, 422, "key_reused")
+    assert len(api.get("/tasks").json()) == 1
 
 
 def test_keys_are_private_to_their_user(server: Server) -> None:
@@ -1288,7 +1279,6 @@ def test_nothing_secret_is_logged(server: Server, database: str, account: Accoun
 
 
 # Start and stop.
-
 
 WRONG_SETTINGS: list[tuple[dict[str, str], str]] = [
     ({"DATABASE_URL": ""}, "DATABASE_URL"),

@@ -55,23 +55,6 @@ def test_the_route_tables_are_the_apps(public: Client) -> None:
     assert set(in_readme) == served, "README.md: the table of 'Use it' differs from the routes"
 
 
-def test_the_document_says_what_a_token_is_and_that_a_body_may_be_400(public: Client) -> None:
-    document = public.get("/openapi.json").json()
-    [scheme] = document["components"]["securitySchemes"].values()
-    assert scheme["flows"]["password"]["tokenUrl"] == "auth/token"
-    operations = [operation for item in document["paths"].values() for operation in item.values()]
-    bodies = [operation for operation in operations if "requestBody" in operation]
-    assert len(bodies) > 10
-    assert all("400" in operation["responses"] for operation in bodies)
-
-
-def test_each_task_route_stands_under_both_roots(public: Client) -> None:
-    routes = documented_routes(public)
-    tasks = {route for route in routes if " /tasks" in route}
-    of_users = {route.replace("/api/{user_id}", "") for route in routes if " /api/" in route}
-    assert tasks == of_users
-
-
 # Style.
 
 ROUTE = r"@([\w.]+\.)?(get|post|put|patch|delete|route)\("

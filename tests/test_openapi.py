@@ -131,7 +131,17 @@ def test_operation_ids_can_be_read_and_stay_what_they_are(server: Server) -> Non
     others = {"register", "login", "login_by_form", "logout", "me", "health", "ready", "root"}
     others |= {"change_password", "delete_account"}
     assert ids >= of_tasks | of_users | others
-    assert all(re.fullmatch("[a-z_]+", each) for each in ids)  # those of a fork's routes too
+    assert all(re.fullmatch(r"[a-z]\w+", each) for each in ids)  # of routes that a fork adds, too
+
+
+def test_the_document_says_what_a_token_is_and_that_a_body_may_be_400(public: Client) -> None:
+    document = public.get("/openapi.json").json()
+    [scheme] = document["components"]["securitySchemes"].values()
+    assert scheme["flows"]["password"]["tokenUrl"] == "auth/token"
+    operations = [operation for item in document["paths"].values() for operation in item.values()]
+    bodies = [operation for operation in operations if "requestBody" in operation]
+    assert len(bodies) > 10
+    assert all("400" in operation["responses"] for operation in bodies)
 
 
 def test_nothing_is_bounded_that_the_service_does_not_bound(server: Server) -> None:
