@@ -33,7 +33,7 @@ BCRYPT_COST = 12  # 0.24 s of a core
 MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # hashed at once, and waiting: at most 2.4 s
 ACCOUNT_LIMIT = parse_limit("10/minute")  # attempts with one e-mail
 ADDRESS_LIMIT = parse_limit("100/minute")  # from one IPv4 address or IPv6 /64, or wider when full
-# Patterns. NAME is more than "https://", and CLAIM no claim that says something else.
+# Patterns. A NAME is no list and not "https://" alone. A CLAIM is none with a meaning of its own.
 URL, REDIS = rf"https?://{HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
 NAME, CLAIM = r"(?!https?:/*$)[^\s,]+", r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+"
 UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -141,7 +141,7 @@ class BearerToken(SecurityBase):
         return user_id
 
 
-JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # Spectral looks for "RFC8725"
+JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # a linter looks for "RFC8725"
 current_user = BearerToken(
     OAuth2PasswordBearer(tokenUrl="auth/token", description=JWT)
     if ACCOUNTS

@@ -164,8 +164,8 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.ClientAddress),  # as a proxy sends it
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
-        Middleware(middleware.ErrorResponses, respond=respond),
-        Middleware(CanonicalPath, names=NAMES, unless=CANONICAL),
+        Middleware(middleware.ErrorResponses, respond=respond),  # an exception as JSON
+        Middleware(CanonicalPath, names=NAMES, unless=CANONICAL),  # an alias as its route
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
         Middleware(PreparedRoutes),  # as FastAPI would answer, but prepared once
     ],

@@ -1,5 +1,5 @@
--- The tables, for PostgreSQL 14 to 18. The service applies this file at its start and then stores
--- its SHA-256 as the comment on todo.tasks. `psql "$DATABASE_URL" -f schema.sql` works too. After
+-- The tables, for PostgreSQL 14 to 18. The service applies this file at its start and then adds
+-- its SHA-256 to the comment on todo.tasks. `psql "$DATABASE_URL" -f schema.sql` works too. After
 -- a change all of it runs again, so each statement has to allow that. CREATE TABLE IF NOT EXISTS
 -- leaves a table that exists as it is: write a change in the table, for new databases, and at the
 -- end of this file, for those that exist. Write each name with its schema, because a search_path
