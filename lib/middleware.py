@@ -195,8 +195,8 @@ class BodyLimit:
             except TimeoutError:
                 text = f"The body did not arrive within {BODY_TIMEOUT} seconds"
                 raise HTTPProblem(408, text) from None
-            state.body = bytes(body)
-            return {"type": "http.request", "body": state.body, "more_body": False}
+            state.body = body
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         try:
             await self.app(scope, receive_whole, send)

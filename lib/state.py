@@ -12,7 +12,7 @@ class RequestState:
     headers: dict[bytes, bytes]  # names in lower case; of several lines, one list
     request_id: str
     client: str  # the address of the client, for limits and the log
-    body: bytes | None  # b"" when none was announced, None until it has been read
+    body: bytes | bytearray | None  # b"" when none was announced, None until it has been read
     path: str = ""  # as the client wrote it, root path included; set by CanonicalPath
     user_id: str | None = None  # set by auth.current_user
     status: int | None = None  # set when the response starts
