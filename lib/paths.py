@@ -21,15 +21,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lib.problems import HTTPProblem
 from lib.state import state_of
 
-ACCOUNTS = {"login": "login", "logout": "logout", "me": "me", "register": "register",
-    "token": "token", "signin": "login", "signup": "register"}  # fmt: skip
-BELOW_AUTH = {**ACCOUNTS, "create": "register", "current_user": "me"}
-# The path of a login by the type of its body, so that a client may mix up the two.
-LOGINS = {
-    b"application/json": "/auth/login",
-    b"application/x-www-form-urlencoded": "/auth/token",
-    b"multipart/form-data": "/auth/token",
-}
+# The last part of an account's path, and its name in the routes.
+ACCOUNTS = {"create": "register", "current_user": "me", "login": "login", "logout": "logout",
+    "me": "me", "register": "register", "signin": "login", "signup": "register", "token": "token",
+}  # fmt: skip
+FORMS = (b"application/x-www-form-urlencoded", b"multipart/form-data")
 
 
 class CanonicalPath:
@@ -58,9 +54,9 @@ class CanonicalPath:
                 raise HTTPProblem(404)
             state.path = root + path
             path = "/" + "/".join(canonical(path[1:].split("/"), self.names))
-            if path in LOGINS.values():
-                kind = state.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-                path = LOGINS.get(kind, path)
+            if path in ("/auth/login", "/auth/token"):  # by the body: clients mix up the two
+                is_form = state.headers.get(b"content-type", b"").lower().startswith(FORMS)
+                path = "/auth/token" if is_form else "/auth/login"
         scope["path"] = root + path
         if scope["query_string"]:  # a parameter without a value is as good as none
             parts = scope["query_string"].split(b"&")
@@ -86,7 +82,7 @@ def canonical(parts: list[str], names: Mapping[str, str]) -> list[str]:
         case [called, *rest] if called in names:
             return [names[called], *without_verb(rest)]
         case ["auth", called]:
-            return ["auth", BELOW_AUTH.get(called, called)]
+            return ["auth", ACCOUNTS.get(called, called)]
         case [called] | ["api" | "user" | "users", called] | ["api", "user", called]:
             return ["auth", ACCOUNTS[called]] if called in ACCOUNTS else parts
     return parts
