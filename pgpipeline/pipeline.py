@@ -124,7 +124,7 @@ class Pipeline:
             if query.statement.reads_only or isinstance(error, postgres.AdminShutdown):
                 self.pool.retry(query, lost)
             else:  # a write that may have been executed already
-                fail(query, lost)
+                query.fail(lost)
         for query, refusal in reversed(self.refused):  # these came before those without an answer
             self.pool.retry(query, refusal)
 
@@ -237,7 +237,7 @@ class Pipeline:
         elif (outdated or isinstance(reason, errors.RETRYABLE)) and not query.cancelled_at:
             self.pool.retry(query, error, conflict=isinstance(reason, errors.CONFLICTS))
         else:
-            fail(query, error)
+            query.fail(error)
 
     # Watching the time...
 
@@ -262,7 +262,7 @@ class Pipeline:
             if now - query.cancelled_at > CANCEL_TIMEOUT:
                 self.finish(TimeoutError())  # the server or the way to it has gone
             return
-        others_wait = len(self.sent) > 1 or self.pool.queue or self.refused
+        others_wait = len(self.sent) > 1 or self.pool.queue.waiting or self.refused
         holds_up = others_wait and now - self.waiting_since > STATEMENT_TIMEOUT
         if holds_up or query.result.done():
             query.cancelled_at = now
@@ -277,9 +277,3 @@ class Pipeline:
         is_wanted = self.pool.connections.get_stats()["requests_waiting"] > inactive
         is_idle = not self.sent and now - self.waiting_since > SLOW
         return is_idle or is_wanted or now - self.active_since > MAX_HOLD
-
-
-def fail(query: Query, error: Exception) -> None:
-    """Gives a query its error, unless it has failed before or its caller has left."""
-    if not query.result.done():
-        query.result.set_exception(error)

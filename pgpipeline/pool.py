@@ -8,7 +8,7 @@ from time import monotonic
 
 from pgpipeline.connection import ConnectionPool
 from pgpipeline.errors import Unavailable
-from pgpipeline.pipeline import SLOW, Pipeline, State, fail
+from pgpipeline.pipeline import SLOW, Pipeline, State
 from pgpipeline.queue import Query, Queue
 from pgpipeline.result import Result
 from pgpipeline.statement import Statement, Value, encode
@@ -39,12 +39,12 @@ class PipelinePool:
     ) -> Result:
         """Executes a statement in a transaction of its own, when it is the tenant's turn.
 
-        Raises the exceptions of errors.py: Unavailable after QUERY_TIMEOUT at the latest, wherever
-        the time was spent.
+        Raises the exceptions of errors.py: Unavailable some SLOW seconds after QUERY_TIMEOUT at the
+        latest, wherever the time was spent.
         """
         loop = asyncio.get_running_loop()
         encoded = [encode(values[name]) for name in statement.parameters]
-        query = Query(statement, encoded, self.queue.tenant(tenant), loop.create_future())
+        query = Query(statement, encoded, tenant, loop.create_future())
         # In two steps: the loop may have stood still until the first one. Then it reads an answer
         # that lies in the socket before the second.
         timeout = loop.call_later(QUERY_TIMEOUT, loop.call_later, SLOW, expire, query)
@@ -54,7 +54,8 @@ class PipelinePool:
                 return await query.result
         finally:
             timeout.cancel()
-            self.queue.remove(query)
+            if query in self.queue.waiting:  # it has failed, or its caller has left
+                self.queue.remove(query)
 
     def seconds_since_answer(self) -> float:
         """Since the database has answered anything. Infinite if it never has."""
@@ -63,7 +64,7 @@ class PipelinePool:
     async def close(self) -> None:
         """Ends all pipelines. Queries that wait or are under way fail, and so do later ones."""
         self.is_closed = True
-        for query in [query for each in self.queue.tenants.values() for query in each.line]:
+        for query in self.queue.waiting:
             expire(query)
         tasks = list(self.pipelines.values())
         for task in tasks:
@@ -84,56 +85,67 @@ class PipelinePool:
             asyncio.get_running_loop().call_soon(self.dispatch)
 
     def dispatch(self) -> None:
-        """Sends what is queued, each query where the fewest are under way, and flushes once.
+        """Sends what may be sent, flushes each pipeline once, and opens another one if need be.
 
-        One pipeline serves slow tenants, and the others quick ones. Another pipeline is opened if
-        each of those for quick tenants has several queries under way, or if there is none.
+        Nothing is sent behind a silent query. One pipeline is kept for slow tenants while they have
+        queries and there is another one. Another pipeline is opened, one at a time, if each of
+        those for quick tenants has several queries under way, or if there is none.
         """
         self.is_scheduled = False
-        if self.is_closed or not self.queue:
+        if self.is_closed or not self.queue.waiting:
             return
         now = monotonic()
         active = [pipeline for pipeline in self.pipelines if pipeline.state is State.ACTIVE]
         for_slow = self.choose_for_slow(active) if self.queue.slow else None
-        self.queue.apart = bool(for_slow) and len(active) > 1  # one alone serves all
         usable = [pipeline for pipeline in active if not pipeline.is_silent(now)]
         quick = [pipeline for pipeline in usable if pipeline is not for_slow]
-        if for_slow in usable:
-            self.fill([for_slow], serves_slow=True)
-        self.fill(quick.copy(), serves_slow=False)
+        if for_slow and len(active) > 1:
+            self.fill([for_slow] if for_slow in usable else [], slow=True)
+            self.fill(quick, slow=False)
+        else:  # one alone serves all
+            self.fill(usable, slow=None)
         for pipeline in usable:
             pipeline.flush()
-        is_busy = all(len(pipeline.sent) > 1 for pipeline in quick)
-        if is_busy and len(self.pipelines) < self.size:
-            pipeline = Pipeline(self)
-            self.pipelines[pipeline] = asyncio.create_task(pipeline.run())
+        if all(len(pipeline.sent) > 1 for pipeline in quick):
+            self.open_pipeline()
 
     def choose_for_slow(self, active: list[Pipeline]) -> Pipeline | None:
-        """The pipeline that has most of the slow tenants' queries. None if they send nothing."""
+        """The pipeline that has most of the slow tenants' queries. None if they have no query."""
         self.queue.forget_slow()
         slow = self.queue.slow
-        under_way = {p: sum(query.tenant.name in slow for query in p.sent) for p in active}
-        if not (any(under_way.values()) or self.queue.count_slow()):
-            return None
-        return max(active, key=under_way.__getitem__, default=None)
+        under_way = {p: sum(tenant.under_way.count(p) for tenant in slow) for p in active}
+        if any(under_way.values()) or any(tenant.line for tenant in slow):
+            return max(active, key=under_way.__getitem__, default=None)
+        return None
 
-    def fill(self, pipelines: list[Pipeline], serves_slow: bool) -> None:
-        """Sends queries to pipelines of one kind until they are full, or nobody may send more."""
-        while pipelines:
+    def fill(self, pipelines: list[Pipeline], slow: bool | None) -> None:
+        """Sends queries where the fewest are under way, until nothing more may be sent.
+
+        `slow` says whose queries these pipelines take, as for Queue.take().
+        """
+        pipelines = pipelines.copy()
+        while pipelines and self.queue.waiting:
             pipeline = min(pipelines, key=lambda pipeline: len(pipeline.sent))
             if len(pipeline.sent) >= self.depth:
                 return
-            if pipeline.state is not State.ACTIVE:  # its connection was lost in this loop
-                pipelines.remove(pipeline)
-            elif query := self.queue.take(pipeline, serves_slow):
+            # A send() may have found that the connection is lost.
+            is_active = pipeline.state is State.ACTIVE
+            if is_active and (query := self.queue.take(pipeline, slow)):
                 pipeline.send(query)
-            else:  # another one may have a tenant's queries under way, and so may get more of them
+            else:  # by rule 4 another pipeline may still take one
                 pipelines.remove(pipeline)
+
+    def open_pipeline(self) -> None:
+        """Opens a pipeline, unless there are enough or one waits for its connection already."""
+        is_acquiring = any(each.state is State.ACQUIRING for each in self.pipelines)
+        if len(self.pipelines) < self.size and not is_acquiring:
+            pipeline = Pipeline(self)
+            self.pipelines[pipeline] = asyncio.create_task(pipeline.run())
 
     def retry(self, query: Query, error: Exception, conflict: bool = False) -> None:
         """Queues a query for another attempt, or gives it its error after too many."""
         if query.attempts >= (MAX_CONFLICTS if conflict else MAX_ATTEMPTS):
-            return fail(query, error)
+            return query.fail(error)
         query.attempts, query.cancelled_at = query.attempts + 1, 0.0
         if conflict:  # at once it would meet the same transaction again
             pause = PAUSE * 2 ** (query.attempts - 1) * random.random()  # noqa: S311  # no secret
@@ -143,4 +155,4 @@ class PipelinePool:
 
 
 def expire(query: Query) -> None:
-    fail(query, Unavailable("no answer in time"))
+    query.fail(Unavailable("no answer in time"))

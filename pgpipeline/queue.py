@@ -3,13 +3,15 @@
 A tenant is whoever shares the pool with others, for instance a user of a web service. What one
 tenant sends must not decide how long another one waits. Four rules see to that:
 
-1. Queries are sent in the order in which they came, but a tenant's next query counts as coming
-   STEP places behind its last one. So tenants who send a fair share wait equally long, and a burst
-   waits for the others' queries, not they for the burst.
-2. A tenant may have FEW queries under way while the pool serves others as well.
-3. A tenant whose query was slow may have one under way, until one is quick or SLOW_MEMORY seconds
-   are over. Slow tenants share one pipeline, which takes no queries of others.
-4. No tenant has queries on every pipeline.
+1. Queries are sent in the order of their places. A query's place is the next free one, but at least
+   STEP behind the tenant's query before it. So tenants who send a fair share wait equally long, and
+   a burst waits for the others' queries, not they for the burst.
+2. A tenant has at most FEW queries under way while other tenants have queries.
+3. A tenant with a slow query counts as slow until one of its queries is quick, or for SLOW_MEMORY
+   seconds. It has at most one query under way. The pool keeps one pipeline for slow tenants while
+   there is another one for quick ones.
+4. A tenant has queries on all pipelines but one at most, of those that serve its kind. If only one
+   does, on that one.
 """
 
 import asyncio
@@ -17,7 +19,6 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from itertools import count
 from time import monotonic
 
 from pgpipeline.errors import Unavailable
@@ -32,13 +33,12 @@ MAX_QUEUE = 2000  # queries that may wait; a request weighs some 20 KB
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """A line of queries that wait, and what is under way for whoever they belong to."""
+    """Whose queries wait in one line, and where others of them are under way."""
 
     name: str
     line: "deque[Query]" = field(default_factory=deque)
     last_place: int = -STEP  # of the query that came last
-    turn: "tuple[int, int, Tenant] | None" = None  # in Queue.turns
-    under_way: dict[Hashable, int] = field(default_factory=dict)  # queries, by pipeline
+    under_way: list[Hashable] = field(default_factory=list)  # the pipeline of each such query
 
 
 @dataclass(slots=True, eq=False)
@@ -47,13 +47,23 @@ class Query:
 
     statement: Statement
     values: list[bytes | None]
-    tenant: Tenant
+    tenant_name: str
     result: asyncio.Future[Result]
+    tenant: Tenant = field(init=False)  # set when it is queued
     place: int = 0  # among all queries, those with the lowest first
-    in_line: bool = False
     attempts: int = 1
     sent_by_name: bytes = b""  # of the prepared statement
     cancelled_at: float = 0.0  # on the clock of time.monotonic()
+
+    def fail(self, error: Exception) -> None:
+        """Gives it its error, unless it has failed before or its caller has left."""
+        if not self.result.done():
+            self.result.set_exception(error)
+
+
+def first_place(tenant: Tenant) -> int:
+    """The place of the query that is sent next."""
+    return tenant.line[0].place
 
 
 class Queue:
@@ -61,119 +71,110 @@ class Queue:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.tenants: dict[str, Tenant] = {}
-        # Tenants by the place of their first query, sorted. The second number decides between equal
-        # places. A tenant that has no query, or may have no more under way, is not in it.
-        self.turns: list[tuple[int, int, Tenant]] = []
-        self.numbers = count()
+        self.tenants: dict[str, Tenant] = {}  # that have queries, or are slow
+        self.waiting: set[Query] = set()
+        self.turns: list[Tenant] = []  # whose queries wait, by the first place of each line
+        self.slow: dict[Tenant, float] = {}  # until when, on the clock of time.monotonic()
         self.next_place = 0
-        self.slow: dict[str, float] = {}  # until when, on the clock of time.monotonic()
-        self.apart = False  # whether one of the pipelines serves slow tenants alone
-        self.waiting = 0
 
-    def __len__(self) -> int:
-        return self.waiting
-
-    def tenant(self, name: str) -> Tenant:
-        """The tenant of this name, made if it is unknown. It is known while it has queries, or is
-        slow."""
-        return self.tenants.get(name) or self.tenants.setdefault(name, Tenant(name))
+    # Queries that come, and queries that leave without having been sent...
 
     def append(self, query: Query) -> None:
         """Adds a query to its tenant's line. When the queue is full, the longest line gives way."""
-        # One that comes again keeps its place, and its tenant may have been forgotten.
-        tenant = query.tenant = self.tenant(query.tenant.name)
-        if query.attempts > 1:
+        if query.tenant_name not in self.tenants:  # it may have been forgotten between attempts
+            self.tenants[query.tenant_name] = Tenant(query.tenant_name)
+        tenant = query.tenant = self.tenants[query.tenant_name]
+        self.waiting.add(query)
+        if query.attempts > 1:  # it keeps its place, which is before those of the others
+            if tenant.line:
+                self.leave_turns(tenant)
             tenant.line.appendleft(query)
+            insort(self.turns, tenant, key=first_place)
         else:
-            query.place = max(self.next_place, tenant.last_place + STEP)
-            tenant.last_place = query.place
-            tenant.line.append(query)
+            query.place = tenant.last_place = max(self.next_place, tenant.last_place + STEP)
             if query.place == self.next_place:  # a burst takes no places away from others
                 self.next_place += 1
-        query.in_line = True
-        self.waiting += 1
-        if query is tenant.line[0]:
-            self.place(tenant)
-        if self.waiting > MAX_QUEUE:
-            last = max(self.tenants.values(), key=lambda tenant: len(tenant.line)).line[-1]
-            self.remove(last)
-            if not last.result.done():
-                last.result.set_exception(Unavailable("the queue is full"))
+            tenant.line.append(query)
+            if len(tenant.line) == 1:
+                insort(self.turns, tenant, key=first_place)
+        if len(self.waiting) > MAX_QUEUE:
+            self.shed()
+
+    def shed(self) -> None:
+        """Refuses the last query of the longest line."""
+        query = max(self.tenants.values(), key=lambda tenant: len(tenant.line)).line[-1]
+        self.remove(query)
+        query.fail(Unavailable("the queue is full"))
 
     def remove(self, query: Query) -> None:
-        """Takes a query out of its line, because it is sent or its caller has left."""
-        if query.in_line:
-            query.in_line = False
-            query.tenant.line.remove(query)
-            self.waiting -= 1
-            self.place(query.tenant)
-            self.forget(query.tenant)
+        """Takes a query that waits out of its line."""
+        tenant = query.tenant
+        self.waiting.remove(query)
+        self.leave_turns(tenant)
+        tenant.line.remove(query)
+        if tenant.line:
+            insort(self.turns, tenant, key=first_place)
+        self.forget(tenant)
 
-    def place(self, tenant: Tenant) -> None:
-        """Puts a tenant into `turns`, where the first query of its line belongs."""
-        if tenant.turn:
-            del self.turns[bisect_left(self.turns, tenant.turn)]
-            tenant.turn = None
-        if tenant.line and sum(tenant.under_way.values()) < self.window(tenant):
-            tenant.turn = (tenant.line[0].place, next(self.numbers), tenant)
-            insort(self.turns, tenant.turn)
+    def leave_turns(self, tenant: Tenant) -> None:
+        """Takes a tenant out of `turns`, where it is found by its line as it is now."""
+        start = bisect_left(self.turns, first_place(tenant), key=first_place)
+        del self.turns[self.turns.index(tenant, start)]
 
-    def take(self, pipeline: Hashable, serves_slow: bool) -> Query | None:
-        """The next query that may go to a pipeline, which serves slow tenants or quick ones."""
-        for place, _, tenant in self.turns:
-            if self.may_send(tenant, pipeline, serves_slow):
-                self.next_place = max(self.next_place, place)
-                tenant.under_way[pipeline] = tenant.under_way.get(pipeline, 0) + 1
-                query = tenant.line[0]
-                self.remove(query)
+    def forget(self, tenant: Tenant) -> None:
+        """Forgets a tenant without queries, unless it is slow."""
+        if not (tenant.under_way or tenant.line or tenant in self.slow):
+            self.tenants.pop(tenant.name, None)
+
+    # Queries that are sent...
+
+    def take(self, pipeline: Hashable, slow: bool | None = None) -> Query | None:
+        """Takes the next query that may go to a pipeline. None if there is none.
+
+        `slow` says whether the pipeline serves slow tenants alone (True), quick ones (False), or
+        all (None).
+        """
+        for index, tenant in enumerate(self.turns):
+            if self.may_send(tenant, pipeline, slow):
+                del self.turns[index]
+                query = tenant.line.popleft()
+                if tenant.line:
+                    insort(self.turns, tenant, key=first_place)
+                self.waiting.remove(query)
+                self.next_place = max(self.next_place, query.place)
+                tenant.under_way.append(pipeline)
                 return query
         return None
 
-    def may_send(self, tenant: Tenant, pipeline: Hashable, serves_slow: bool) -> bool:
+    def may_send(self, tenant: Tenant, pipeline: Hashable, slow: bool | None) -> bool:
         """Whether rules 2 to 4 let a tenant's next query go to a pipeline."""
-        is_slow = tenant.name in self.slow
-        if self.apart and is_slow != serves_slow:
+        is_slow = tenant in self.slow
+        if slow is not None and slow != is_slow:
             return False
-        most = max(1, self.size - 1 - self.apart)  # pipelines for one tenant
-        if pipeline not in tenant.under_way and len(tenant.under_way) >= most:
+        if not tenant.under_way:
+            return True
+        has_few = len(tenant.under_way) < FEW or len(self.tenants) == 1
+        if is_slow or not has_few:
             return False
-        return sum(tenant.under_way.values()) < self.window(tenant)
-
-    def window(self, tenant: Tenant) -> int:
-        """How many queries of a tenant may be under way."""
-        if tenant.name in self.slow:
-            return 1
-        return FEW if len(self.tenants) > 1 else MAX_QUEUE
+        most = self.size - 1 if slow is None else self.size - 2  # pipelines for one tenant
+        return pipeline in tenant.under_way or len(set(tenant.under_way)) < most
 
     def ended(self, query: Query, pipeline: Hashable, quickly: bool) -> None:
         """Notes that a query is no longer under way."""
         tenant = query.tenant
-        tenant.under_way[pipeline] -= 1
-        if not tenant.under_way[pipeline]:
-            del tenant.under_way[pipeline]
+        tenant.under_way.remove(pipeline)
         if quickly:
-            self.slow.pop(tenant.name, None)  # all may have been slow for a moment
-        if tenant.line and not tenant.turn:
-            self.place(tenant)
+            self.slow.pop(tenant, None)  # all may have been slow for a moment
         self.forget(tenant)
 
-    def forget(self, tenant: Tenant) -> None:
-        """Forgets a tenant without queries, unless it is slow."""
-        if not (tenant.line or tenant.under_way or tenant.name in self.slow):
-            self.tenants.pop(tenant.name, None)
+    # Slow tenants...
 
     def found_slow(self, tenant: Tenant) -> None:
         """Notes that a query of a tenant is slow."""
-        self.slow[tenant.name] = monotonic() + SLOW_MEMORY
+        self.slow[tenant] = monotonic() + SLOW_MEMORY
 
     def forget_slow(self) -> None:
         """Lets tenants whose SLOW_MEMORY is over count as quick again."""
-        for name in [name for name, until in self.slow.items() if until <= monotonic()]:
-            del self.slow[name]
-            self.place(self.tenants[name])
-            self.forget(self.tenants[name])
-
-    def count_slow(self) -> int:
-        """How many of the queries that wait are those of slow tenants."""
-        return sum(len(self.tenants[name].line) for name in self.slow)
+        for tenant in [tenant for tenant, until in self.slow.items() if until <= monotonic()]:
+            del self.slow[tenant]
+            self.forget(tenant)

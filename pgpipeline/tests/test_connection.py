@@ -13,7 +13,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.pq import ConnStatus
 
-from pgpipeline import ConnectionPool, PipelinePool, Statement, Unavailable, UnexpectedError
+from pgpipeline import ConnectionPool, PipelinePool, Result, Statement, Unavailable, UnexpectedError
 from pgpipeline.connection import Connection
 from pgpipeline.pipeline import Pipeline
 from pgpipeline.queue import Query
@@ -99,14 +99,10 @@ async def test_a_write_whose_answer_came_before_the_end_of_its_session_is_not_se
 async def test_an_answer_that_never_comes_is_a_lost_connection(pool: PipelinePool) -> None:
     query = await start(pool, "SELECT 1 FROM pg_sleep(0.5)")
     [pipeline] = pool.pipelines
-    missing = Query(
-        Statement("MISSING", "SELECT 2"),
-        [],
-        pipeline.sent[0].tenant,
-        query.get_loop().create_future(),
-    )
+    missing = Query(Statement("M", "SELECT 2"), [], "ann", query.get_loop().create_future())
+    missing.tenant = pipeline.sent[0].tenant
     pipeline.sent.append(missing)
-    pool.queue.tenant("ann").under_way[pipeline] += 1
+    missing.tenant.under_way.append(pipeline)
     assert (await query).rows == [(b"1",)]
     assert (await asyncio.wait_for(missing.result, 1)).rows == [(b"2",)]  # sent again: it reads
 
@@ -274,6 +270,20 @@ async def test_without_connections_queries_fail_by_the_deadline_and_nothing_spin
     assert len(caplog.records) < 30, caplog.text
     await pool.close()
     await connections.close()
+
+
+async def test_one_pipeline_at_a_time_waits_for_its_connection(database: str) -> None:
+    connections = ConnectionPool(database, max_size=8)
+    pool, calls = PipelinePool(connections, 3, 16), list[asyncio.Task[Result]]()
+    for n in range(100):  # in many turns of the loop
+        calls.append(asyncio.create_task(ask(pool, "SELECT 1", f"{n}")))
+        await asyncio.sleep(0)
+    opened = len(pool.pipelines)
+    await connections.open()
+    await asyncio.gather(*calls)
+    await pool.close()
+    await connections.close()
+    assert opened == 1
 
 
 async def test_connections_are_made_again_when_the_database_is_back(database: str) -> None:

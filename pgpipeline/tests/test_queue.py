@@ -15,19 +15,19 @@ SELECT = Statement("SELECT", "SELECT 1")
 def append(queue: Queue, tenants: Iterable[str]) -> list[Query]:
     """A query for each name, in the tenants' lines."""
     loop = asyncio.get_running_loop()
-    queries = [Query(SELECT, [], queue.tenant(name), loop.create_future()) for name in tenants]
+    queries = [Query(SELECT, [], name, loop.create_future()) for name in tenants]
     for query in queries:
         queue.append(query)
     return queries
 
 
-def take(queue: Queue, pipeline: int, slow: bool = False) -> list[Query]:
+def take(queue: Queue, pipeline: int, slow: bool | None = None) -> list[Query]:
     """All queries that may go to a pipeline now."""
     return list(iter(lambda: queue.take(pipeline, slow), None))
 
 
 def names(queries: list[Query]) -> str:
-    return "".join(query.tenant.name for query in queries)
+    return "".join(query.tenant_name for query in queries)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ async def test_queries_are_sent_in_their_order_but_a_burst_waits_for_the_others(
 async def test_whoever_sent_nothing_before_has_no_turns_to_catch_up() -> None:
     queue = Queue(size=2)
     for query in append(queue, "a" * 100)[:50]:
-        assert queue.take(1, False) is query
+        assert queue.take(1) is query
         queue.ended(query, 1, quickly=True)
     append(queue, "bbbb")
     assert names(take(queue, 1)) == "babababa"
@@ -69,8 +69,7 @@ async def test_a_slow_tenant_has_one_query_under_way_on_the_pipeline_for_slow_on
     queue = Queue(size=3)
     slow = append(queue, "aaab")[0]
     queue.found_slow(slow.tenant)
-    queue.apart = True
-    assert names(take(queue, 1)) == "b"
+    assert names(take(queue, 1, slow=False)) == "b"
     assert take(queue, 2, slow=True) == [slow]
 
 
@@ -88,15 +87,9 @@ async def test_a_tenant_is_slow_no_longer_after_some_seconds(
 async def test_a_tenant_has_queries_on_all_pipelines_but_one(size: int, used: int) -> None:
     queue = Queue(size)
     append(queue, "a" * 20)
-    taken = [bool(queue.take(pipeline, False)) for pipeline in range(size)]
+    taken = [bool(queue.take(pipeline)) for pipeline in range(size)]
     assert taken == [True] * used + [False] * (size - used)
-    assert queue.take(0, False)  # where it has some already
-
-
-async def test_a_pool_of_one_pipeline_serves_slow_tenants_and_quick_ones_with_it() -> None:
-    queue = Queue(size=1)
-    queue.found_slow(append(queue, "aab")[0].tenant)
-    assert names(take(queue, 1)) == "ab"
+    assert queue.take(0)  # where it has some already
 
 
 async def test_when_the_queue_is_full_the_longest_line_gives_way(
@@ -107,7 +100,7 @@ async def test_when_the_queue_is_full_the_longest_line_gives_way(
     *_, last, b, c, d = append(queue, "aaaabcd")
     assert isinstance(last.result.exception(), Unavailable)
     assert not any(query.result.done() for query in (b, c, d))
-    assert len(queue) == 6
+    assert len(queue.waiting) == 6
 
 
 async def test_a_tenant_without_queries_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,10 +110,9 @@ async def test_a_tenant_without_queries_is_forgotten(monkeypatch: pytest.MonkeyP
     refused = [query.result.exception() for query in others if query.result.done()]
     assert len(refused) == 3
     queue.remove(left)
-    queue.remove(left)  # as its caller does, whatever has become of it
     for query in take(queue, 1):
         queue.ended(query, 1, quickly=True)
-    assert (len(queue), dict(queue.tenants)) == (0, {})
+    assert (queue.waiting, queue.turns, queue.tenants) == (set(), [], {})
 
 
 async def test_a_slow_tenant_is_forgotten_when_it_is_slow_no_longer(
@@ -129,7 +121,7 @@ async def test_a_slow_tenant_is_forgotten_when_it_is_slow_no_longer(
     monkeypatch.setattr("pgpipeline.queue.SLOW_MEMORY", 0.05)
     queue = Queue(size=2)
     [query] = append(queue, "a")
-    queue.take(1, False)
+    queue.take(1)
     queue.found_slow(query.tenant)
     queue.ended(query, 1, quickly=False)
     assert list(queue.tenants) == ["a"]
