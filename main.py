@@ -148,7 +148,7 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
 
 # Aliases of paths: lib/paths.py lists them.
 NAMES = dict.fromkeys(["tasks", "todos", "task", "todo"], "tasks")  # what clients call /tasks
-CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # these skip the aliases, for speed
+CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # have no alias: faster
 
 # `respond` makes a problem, as JSON, of an exception.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
@@ -202,7 +202,8 @@ async def completed_filter(
 
 
 def route(method: str, path: str, **options: Any) -> Decorator:
-    """Registers a route at `path` and under /api/{user_id}. Both act for the token's user."""
+    """Registers a route at `path` and under /api/{user_id}, both for the token's user. OpenAPI
+    shows `options` and the errors."""
     options |= {"methods": [method], "tags": ["tasks"]}
     refusals = openapi.errors(task_not_found()) if "{task_id}" in path else {}
     of_user: Any = {"responses": refusals | openapi.errors(identity_mismatch())}
@@ -264,7 +265,7 @@ async def get_task(user_id: CurrentUser, task_id: UUID, conditions: IfConditions
     task = await db.select_task(user_id, task_id)
     if task is None:
         raise task_not_found()
-    return conditions.respond(task.json, task.etag, {})
+    return conditions.respond(task.json, task.etag, {})  # 200, 304 or 412
 
 
 @route("PUT", "/tasks/{task_id}", response_model=Task)
