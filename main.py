@@ -46,7 +46,7 @@ from starlette.middleware import Middleware
 import auth
 import db
 import pgpipeline
-from lib import cors, develop, logs, middleware, openapi, problems, schemas, startup
+from lib import cors, develop, logs, middleware, openapi, pages, problems, schemas, startup
 from lib.headers import Conditions, IdempotencyKey, IfConditions, next_link, precondition_failed
 from lib.paths import CanonicalPath, client_path
 from lib.problems import RETRY, HTTPProblem, Unauthorized
@@ -148,13 +148,14 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
 
 # Aliases of paths: lib/paths.py lists them.
 NAMES = dict.fromkeys(["tasks", "todos", "task", "todo"], "tasks")  # what clients call /tasks
-CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # have no alias: faster
+CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # these skip the aliases, for speed
 
 # `respond` makes a problem, as JSON, of an exception.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
     title="Todo",
     version=VERSION,
+    license_info={"name": "MIT", "identifier": "MIT"},
     description="Todos of many users. An error's `detail` is for people, `code` for programs.",
     tags={"accounts": "Users and tokens.", "tasks": "A user's tasks.", "service": "The service."},
     generate_unique_id_function=lambda r: r.name + ("_of_user" if "{user_id}" in r.path else ""),
@@ -202,8 +203,7 @@ async def completed_filter(
 
 
 def route(method: str, path: str, **options: Any) -> Decorator:
-    """Registers a route at `path` and under /api/{user_id}, both for the token's user. OpenAPI
-    shows `options` and the errors."""
+    """Registers a route at `path` and under /api/{user_id}. Both act for the token's user."""
     options |= {"methods": [method], "tags": ["tasks"]}
     refusals = openapi.errors(task_not_found()) if "{task_id}" in path else {}
     of_user: Any = {"responses": refusals | openapi.errors(identity_mismatch())}
@@ -265,7 +265,7 @@ async def get_task(user_id: CurrentUser, task_id: UUID, conditions: IfConditions
     task = await db.select_task(user_id, task_id)
     if task is None:
         raise task_not_found()
-    return conditions.respond(task.json, task.etag, {})  # 200, 304 or 412
+    return conditions.respond(task.json, task.etag, {})
 
 
 @route("PUT", "/tasks/{task_id}", response_model=Task)
@@ -450,6 +450,8 @@ async def root() -> dict[str, str]:
     """Name, version, and where the documentation is."""
     return {"name": "todo", "version": VERSION, "docs": "/docs"}
 
+
+pages.add_pages(app)  # last, because routes are tried in order
 
 if __name__ == "__main__":
     develop.run(

@@ -1,26 +1,27 @@
-"""Middleware that works out once what FastAPI works out for each request.
-
-    app = FastAPI(middleware=[Middleware(RequestLog), …, Middleware(PreparedRoutes)])  # the last
+"""Middleware, the last of an app, that works out once what FastAPI works out for each request.
 
 FastAPI has a tree of what a route takes: `route.dependant`, a Dependant for its function and for
-each dependency. For each request it goes through that tree value by value. Here each Dependant
-becomes a Function once, which has one pydantic validator for all values beside the body:
+each dependency. For each request it goes through that tree value by value. Here it is a row of
+Calls, the endpoint's the last, and a Call has one pydantic validator for all its values:
 
     async def get(id: UUID, limit: Annotated[int, Query(ge=1)] = 9) -> Response: …
-    {"path": {"id": "0199…"}, "query": {}}  ->  {"path": {"id": UUID(…)}, "query": {"limit": 9}}
+    {"path": {"id": "0199…"}, "query": {}}  ->  {"id": UUID(…), "limit": 9}
 """
 
+import logging
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from inspect import iscoroutinefunction, signature
 from itertools import takewhile
 from typing import Annotated, Any, NotRequired
+from urllib.parse import parse_qsl
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.params import Body
 from fastapi.routing import APIRoute
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AliasChoices, AliasPath, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -29,142 +30,149 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 from lib.problems import HTTPProblem
 from lib.state import state_of
 
+log = logging.getLogger(__name__)
+Calls = dict[Any, "Call"]  # by function
 JSON_TYPE = re.compile(rb"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
-PLACES = ("path", "query", "header")
 SINGLE = {"string", "integer", "number", "boolean", "null"}  # JSON Schema's types of one value
-# What a Function does with a Dependant, or need not do. No other attribute may be set.
+# What a Call does with a Dependant of FastAPI 0.165, or need not do. No other field may be set.
 KNOWN = {"path_params", "query_params", "header_params", "body_params", "dependencies", "call",
     "name", "request_param_name", "path", "scope", "use_cache"}  # fmt: skip
 
 
 class PreparedRoutes:
-    """Answers for the routes that prepare() allows. Other routes, 404 and 405 are FastAPI's.
-
-    So are all below a root path, with dependency_overrides, and with OpenTelemetry's spans.
-    """
+    """Serves the routes that are plain. Others, 404, 405, root paths and spans are FastAPI's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.routes: dict[str, list[tuple[Route, Function | None]]] = {}  # by method
+        self.routes: dict[str, list[tuple[Route, Calls | None]]] = {}  # by method
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = self.find(scope) if scope["type"] == "http" else None
-        if endpoint is None:
-            return await self.app(scope, receive, send)
-        request = Request(scope, receive, send)
-        query = dict(request.query_params) if scope["query_string"] else {}  # the last of a name
-        sent: dict[str, Any] = {"path": scope["path_params"], "query": query}
-        results: dict[Any, Any] = {}
-        errors: list[Any] = []
-        await endpoint.run(request, sent, results, errors)
-        if errors:
-            raise RequestValidationError(errors)
-        await results[endpoint.call](scope, receive, send)
-
-    def find(self, scope: Scope) -> "Function | None":
-        app = scope["app"]
-        if app.dependency_overrides or scope["root_path"] or "fastapi.telemetry" in scope:
-            return None
-        if not self.routes:
+        if scope["type"] == "lifespan":  # the start, when the app has all its routes
             # A mount or a router may answer for the routes after it: they are FastAPI's too.
-            for route in takewhile(lambda each: isinstance(each, Route), app.routes):
-                prepared = prepare(route)
+            for route in takewhile(lambda each: isinstance(each, Route), scope["app"].routes):
+                calls = prepare(route)
                 for method in route.methods or ():
-                    self.routes.setdefault(method, []).append((route, prepared))
-        for route, prepared in self.routes.get(scope["method"], ()):
-            if found := route.path_regex.match(scope["path"]):
+                    self.routes.setdefault(method, []).append((route, calls))
+        calls = self.find(scope) if scope["type"] == "http" else None
+        if calls is None:
+            return await self.app(scope, receive, send)
+        response = await run(calls, Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    def find(self, scope: Scope) -> Calls | None:
+        app, path = scope["app"], scope["path"]
+        if scope["root_path"] or app.dependency_overrides or "fastapi.telemetry" in scope:
+            return None
+        for route, calls in self.routes.get(scope["method"], ()):
+            if found := route.path_regex.match(path):
                 scope["route"], scope["path_params"] = route, found.groupdict()
-                return prepared
+                return calls
         return None
 
 
-def prepare(route: Any) -> "Function | None":
-    """The function of a route, or None for one that is left to FastAPI.
+# Preparing a route...
 
-    A prepared one is async and returns a Response. It takes no more than a Request, single values
-    of path, query and headers, async dependencies without a body, and one JSON body.
-    """
+
+def prepare(route: Any) -> Calls | None:
+    """The Calls of a route. None for a route that is left to FastAPI."""
     try:
-        returned = signature(route.endpoint, eval_str=True).return_annotation
-        is_simple = type(route) is APIRoute and ":" not in route.path  # it has no convertor
-        return Function(route.dependant) if is_simple and issubclass(returned, Response) else None
-    except Exception:  # of any kind, so that no upgrade of FastAPI can stop the start
+        tree = walk(route.dependant) if is_plain(route) else ()
+        return {each.call: Call(each) for each in tree} or None
+    except Exception:  # unforeseen, as after an upgrade of FastAPI, which may not stop the start
+        log.warning("Left to FastAPI, which is slower: %s", route, exc_info=True)
         return None
 
 
-class Function:
-    """An endpoint or a dependency. Raises an exception for one that prepare() does not name."""
-
-    def __init__(self, dependant: Any) -> None:
-        if not is_plain(dependant):
-            raise TypeError
-        self.call, self.request_name = dependant.call, dependant.request_param_name
-        self.needs = [(each.name, Function(each)) for each in dependant.dependencies]
-        params_of = {place: getattr(dependant, f"{place}_params") for place in PLACES}
-        places = {place: typed_dict(hints(found)) for place, found in params_of.items() if found}
-        self.values = TypeAdapter(typed_dict(places)).validator if places else None
-        bodies = hints(dependant.body_params).items()
-        self.bodies = [(name, TypeAdapter(typed_dict({"body": kind}))) for name, kind in bodies]
-        # This raises for a header without an alias: FastAPI turns a _ in its name into a -.
-        aliases = [each.field_info.validation_alias for each in dependant.header_params]
-        self.headers = [(each.lower().encode(), each) for each in aliases]  # as sent, as declared
-
-    async def run(self, request: Request, sent: Any, results: Any, errors: list[Any]) -> None:
-        """Calls the function and adds to the results, or else adds to the errors."""
-        count = len(errors)
-        arguments: dict[str, Any] = {}
-        for name, needed in self.needs:
-            if needed.call not in results:
-                await needed.run(request, sent, results, errors)
-            if name:
-                arguments[name] = results.get(needed.call)
-        if self.request_name:
-            arguments[self.request_name] = request
-        if self.headers:
-            here = state_of(request.scope).headers
-            sent["header"] = {n: here[k].decode("latin-1") for k, n in self.headers if k in here}
-        try:
-            if self.values:
-                for found in self.values.validate_python(sent).values():
-                    arguments |= found
-            # The body comes last: where a path is wrong, the answer does not wait for it.
-            for name, body in () if errors else self.bodies:
-                content = await read_json(request)
-                arguments[name] = body.validate_python(content, from_attributes=True)["body"]
-        except ValidationError as error:
-            errors += error.errors(include_url=False)
-        if len(errors) == count:
-            results[self.call] = await self.call(**arguments)
+def is_plain(route: Any) -> bool:
+    """Whether a route is annotated to return a Response, and takes no more than a JSON body."""
+    if type(route) is not APIRoute or ":" in route.path or route.max_body_size:  # ":" converts
+        return False
+    returned = signature(route.endpoint, eval_str=True).return_annotation
+    returns_response = isinstance(returned, type) and issubclass(returned, Response)
+    body = route.body_field  # of several bodies, and of one to embed, FastAPI makes another
+    is_one = not body or (type(body.field_info) is Body and body in route.dependant.body_params)
+    return returns_response and is_one and all(map(is_known, walk(route.dependant)))
 
 
-def is_plain(dependant: Any) -> bool:
-    """Whether a Function does all that FastAPI does with a Dependant."""
+def is_known(dependant: Any) -> bool:
+    """Whether a function is async, and takes a Request, single values and dependencies only."""
     used = {each.name for each in fields(dependant) if getattr(dependant, each.name)}
-    infos = [each.field_info for place in PLACES for each in getattr(dependant, f"{place}_params")]
-    schemas = [TypeAdapter(info.annotation).json_schema() for info in infos]
-    bodies = [each.field_info for each in dependant.body_params]
+    params = [*dependant.path_params, *dependant.query_params, *dependant.header_params]
+    schemas = [TypeAdapter(each.field_info.annotation).json_schema() for each in params]
     return (
         used <= KNOWN
         and dependant.use_cache
         and any(map(iscoroutinefunction, (dependant.call, type(dependant.call).__call__)))
         and {kind.get("type") for each in schemas for kind in each.get("anyOf", [each])} <= SINGLE
-        and not any(info.validate_default for info in infos)
-        and all(type(each) is Body and not each.embed for each in bodies)
-        and len(bodies) < 2
-        and not any(each.body_params for each in dependant.dependencies)
+        and all(p.field_info.validation_alias for p in dependant.header_params)  # else a _ is a -
     )
 
 
-def hints(params: Any) -> dict[str, Any]:
-    """The keys of a TypedDict. A FieldInfo has the aliases, the bounds and the default of one."""
-    infos = {each.name: each.field_info for each in params}
-    kinds = {name: Annotated[info.annotation, info] for name, info in infos.items()}
-    return {n: kind if infos[n].is_required() else NotRequired[kind] for n, kind in kinds.items()}
+def walk(dependant: Any) -> Iterator[Any]:
+    """A tree of Dependants, each after those that it needs."""
+    for each in dependant.dependencies:
+        yield from walk(each)
+    yield dependant
 
 
-def typed_dict(keys: dict[str, Any]) -> Any:
-    make: Any = TypedDict  # mypy wants to see the keys
-    return make("Sent", keys)
+def validator(dependant: Any, *places: str) -> Any:
+    """Takes a dict of what came, by place, and gives arguments. None where nothing is taken."""
+    hints: dict[str, Any] = {}
+    for place in places:
+        for param in getattr(dependant, f"{place}_params"):
+            info: Any = param.field_info  # has the bounds and the default
+            names = getattr(info.validation_alias, "choices", [info.validation_alias or param.name])
+            # A body is all that came in its place, whatever its name.
+            paths = [AliasPath(place)] if place == "body" else [AliasPath(place, n) for n in names]
+            kind = Annotated[info.annotation, info, Field(validation_alias=AliasChoices(*paths))]
+            hints[param.name] = kind if info.is_required() else NotRequired[kind]
+    return TypeAdapter(TypedDict("Arguments", hints)).validator if hints else None  # type: ignore
+
+
+# Serving a request...
+
+
+class Call:
+    """A function of a route, and what it takes."""
+
+    def __init__(self, dependant: Any) -> None:
+        self.needs = {each.call for each in dependant.dependencies}
+        # The function that gives an argument, by its name. Request stands for the request itself.
+        given = {each.name: each.call for each in dependant.dependencies}
+        given |= {dependant.request_param_name: Request}
+        self.given = [(name, giver) for name, giver in given.items() if name]
+        self.values = validator(dependant, "path", "query", "header")
+        self.body = validator(dependant, "body")
+        aliases = [each.field_info.validation_alias for each in dependant.header_params]
+        self.headers = [(each.lower().encode(), each) for each in aliases]  # as sent, as declared
+
+
+async def run(calls: Calls, request: Request) -> Response:
+    """What the last Call returns. Raises RequestValidationError with what all of them refuse."""
+    scope, here = request.scope, state_of(request.scope).headers
+    query = scope["query_string"].decode("latin-1")
+    found = dict(parse_qsl(query, keep_blank_values=True)) if query else {}  # the last of a name
+    sent = {"path": scope["path_params"], "query": found}
+    results: dict[Any, Any] = {Request: request}  # by function
+    errors: list[Any] = []
+    for function, call in calls.items():
+        if call.headers:
+            sent["header"] = {n: here[k].decode("latin-1") for k, n in call.headers if k in here}
+        try:
+            arguments = call.values.validate_python(sent) if call.values else {}
+            # The body comes last: where a path is wrong, the answer does not wait for it.
+            if call.body and not errors:
+                body = await read_json(request)
+                arguments |= call.body.validate_python(body, from_attributes=True)
+        except ValidationError as error:
+            errors += error.errors(include_url=False)
+            continue
+        if not errors or call.needs <= results.keys():
+            arguments |= {name: results[giver] for name, giver in call.given}
+            results[function] = await function(**arguments)
+    if errors:
+        raise RequestValidationError(errors)
+    return results[function]  # type: ignore[no-any-return]
 
 
 async def read_json(request: Request) -> dict[str, Any]:

@@ -149,7 +149,7 @@ PROBES: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 BEYOND: list[Any] = [
     Response, Annotated[list[int], Query()], Annotated[Item, Query()],
-    Annotated[int, Query(validate_default=True)], Annotated[str, params.Cookie()],
+    Annotated[str, params.Cookie()],
     Annotated[Item, params.Body(embed=True)], Annotated[Item, params.Form()], header(),
     Annotated[str, Depends(takes)], Annotated[str, Depends(yielding)],
     Annotated[Item, Depends(body_of)], Annotated[str, Depends(counted, use_cache=False)],
@@ -182,6 +182,15 @@ def app_of(*middleware: Middleware) -> FastAPI:
     app.get("/number/{x:int}")(takes(x=str))
     app.mount("/mount", FastAPI())
     app.get("/mount/{x}")(takes(x=str))
+    events = iter(["lifespan.startup", "lifespan.shutdown"])
+
+    async def receive() -> Any:
+        return {"type": next(events)}
+
+    async def send(message: Any) -> None:
+        pass
+
+    asyncio.run(app({"type": "lifespan", "state": {}}, receive, send))
     return app
 
 
@@ -232,18 +241,26 @@ def test_it_finds_the_route_that_fastapi_finds(method: str, root: str, path: str
     "endpoint",
     [*[takes(x=each) for each in BEYOND], takes(a=Item, b=Item), not_async, returns_dict],
 )
-def test_what_is_beyond_it_is_left_to_fastapi(endpoint: Any) -> None:
+def test_what_is_beyond_it_is_left_to_fastapi_without_a_word(
+    endpoint: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     app = FastAPI()
     app.post("/")(endpoint)
-    assert prepare(app.routes[-1]) is None
+    assert (prepare(app.routes[-1]), caplog.messages) == (None, [])
 
 
 def test_everything_else_is_prepared() -> None:
     assert all(map(prepare, OURS.routes[4 : 4 + len(PREPARED)]))
 
 
-def test_what_fastapi_may_change_stops_nothing() -> None:
-    assert prepare(object()) is None
+def test_what_fastapi_may_change_stops_nothing_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = FastAPI()
+    app.post("/renamed")(takes(x=str))
+    monkeypatch.setattr(app.routes[-1], "dependant", None)
+    assert prepare(app.routes[-1]) is None
+    assert "APIRoute(path='/renamed'" in caplog.text
 
 
 def test_every_route_of_the_service_that_returns_a_response_is_prepared(
