@@ -7,6 +7,7 @@ InvalidValue (422). The values in a row are bytes.
 
 import hashlib
 import json
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -307,11 +308,11 @@ async def stop() -> None:
     await connections.close()
 
 
-async def fetch(statement: Statement, **values: Value) -> Result:
+def fetch(statement: Statement, **values: Value) -> Awaitable[Result]:
     """Runs a statement. The pool's tenants are users, or e-mails before a login."""
     pool = reads if statement.reads_only else writes
     tenant = values.get("user_id") or values.get("email") or ""
-    return await pool.execute(statement, values, str(tenant))
+    return pool.execute(statement, values, str(tenant))
 
 
 def to_task(result: Result) -> TaskJSON | None:

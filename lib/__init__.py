@@ -34,8 +34,4 @@ The start, and documents:
     pages        Swagger UI and ReDoc without a CDN
     develop      `python main.py`
     embedded     the PostgreSQL that pip installs
-
-An exception becomes a status in problems.responder(): HTTPProblem has its own, a
-RequestValidationError is 422 (400 for what is no JSON, 404 for a path that cannot be right). The
-host names the statuses of its own exceptions, as of its database. Any other is 500.
 """

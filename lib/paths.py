@@ -12,7 +12,7 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from urllib.parse import quote
 
 from fastapi import Request
@@ -38,9 +38,9 @@ class CanonicalPath:
     def __init__(self, app: ASGIApp, names: Mapping[str, str], unless: str) -> None:
         self.app, self.names, self.unless = app, names, re.compile(unless)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            return self.app(scope, receive, send)
         root = scope["root_path"] = scope["root_path"].rstrip("/")
         path, state = scope["path"], state_of(scope)
         if root and path.startswith(root + "/"):  # a proxy may have removed it
@@ -61,8 +61,9 @@ class CanonicalPath:
         if scope["query_string"]:  # a parameter without a value is as good as none
             parts = scope["query_string"].split(b"&")
             scope["query_string"] = b"&".join(part for part in parts if part.partition(b"=")[2])
-        if scope["method"] != "HEAD":
-            return await self.app(scope, receive, send)
+        return (self.get if scope["method"] == "HEAD" else self.app)(scope, receive, send)
+
+    async def get(self, scope: Scope, receive: Receive, send: Send) -> None:
         routed = {**scope, "method": "GET"}  # uvicorn looks at the original and sends no body
         try:
             await self.app(routed, receive, send)

@@ -11,8 +11,7 @@ from fastapi import Query
 from pydantic import AfterValidator, AliasChoices, Field, StringConstraints
 from sqlmodel import SQLModel
 
-# \s means other characters in Rust, Python and JavaScript, so they are named. PostgreSQL stores no
-# \x00.
+# \s differs between Rust, Python and JavaScript. PostgreSQL stores no \x00.
 WHITESPACE = r"\x00-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # The default of a field that a client may leave out. The service reads only the fields that were
 # sent (exclude_unset). A plain default would stand in OpenAPI, and clients would send it.

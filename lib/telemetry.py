@@ -12,9 +12,8 @@ tracer = trace.get_tracer(__name__)
 
 def telemetry(*, automatic: bool) -> TelemetryConfig:
     """FastAPI's setting: on if it sets OpenTelemetry up (`automatic`), or if somebody has."""
-    # Off saves 8 us a request.
     on = automatic or not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
-    return {"tracing": on, "metrics": on, "logs": on}
+    return {"tracing": on, "metrics": on, "logs": on}  # off saves 8 us a request
 
 
 def span_of(statement: Statement) -> AbstractContextManager[object]:

@@ -112,7 +112,7 @@ def test_a_body_counts_for_its_user_until_the_request_has_ended() -> None:
         def send(user: str | None, network: str = "192.0.2.1") -> asyncio.Task[None]:
             sent = scope(x="1")
             sent["state"]["request"].user_id, sent["state"]["request"].client = user, network
-            return asyncio.create_task(limit(sent, chunks(131_072), nothing))
+            return asyncio.ensure_future(limit(sent, chunks(131_072), nothing))
 
         waiting = [send("u") for _ in range(30)] + [send(None) for _ in range(30)]
         await asyncio.sleep(0.1)
