@@ -106,7 +106,6 @@ class RequestLog:
             await self.app(scope, receive, send_with_id)
         finally:
             self.log(scope, state, perf_counter() - started)
-        scope.clear()  # uvicorn keeps it until the connection's next request
 
     def log(self, scope: Scope, state: RequestState, seconds: float) -> None:
         route = scope.get("route")

@@ -116,13 +116,6 @@ def test_a_request_is_answered_before_what_is_no_http_behind_it(server: Server) 
     assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1") == 1
 
 
-def test_an_upgrade_to_http2_is_ignored_as_java_expects(server: Server) -> None:
-    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
-    body = b'{"title": "x"}'
-    answer = raw(server, create(upgrade + b"Content-Length: 14") + body + HEALTH + b"\r\n", 1)
-    assert answer.startswith(b"HTTP/1.1 201 ") and b"HTTP/1.1 200 " in answer
-
-
 # Readers.
 
 

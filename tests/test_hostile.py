@@ -34,7 +34,6 @@ HOSTILE = [
     GET + b"Authorization: Bearer " + b"y" * 60_000 + b"\r\n\r\n",
     GET + b"Authorization: \xff\xfe\r\n\r\n",
     GET + b"Authorization: Bearer \xe9.\xe9.\xe9\r\n\r\n",
-    GET + b"Upgrade: websocket\r\nConnection: upgrade\r\n\r\n",
     GET + b"X-Request-ID: a\xffb\r\nOrigin: \xff\r\n\r\n",
     POST + b"Content-Length: -1\r\n\r\n",
     POST + b"Content-Length: 1e3\r\n\r\n",

@@ -123,7 +123,7 @@ def test_main_holds_no_sql() -> None:
 
 # Sizes: the front is read in one sitting. A fork may raise these: lines, and bytes in UTF-8.
 
-SIZES = {"the front": (1_060, 46_080), "lib/": (2_720, 121_000), "pgpipeline/": (950, 43_000)}
+SIZES = {"the front": (1_060, 46_080), "lib/": (2_720, 121_500), "pgpipeline/": (950, 43_000)}
 
 
 @parametrize(("part", "names"), [("the front", FRONT), ("lib/", LIB), ("pgpipeline/", PGPIPELINE)])

@@ -1,9 +1,7 @@
 """Pages: their bound, and clients that do not read them."""
 
-import asyncio
 import socket
 import statistics
-import struct
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,12 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 from httpx import Client
-from starlette.responses import PlainTextResponse
-from uvicorn.config import Config
-from uvicorn.server import ServerState
 
 from conftest import Server, client, execute, memory, serving, timed, wait_until
-from lib.protocol import Protocol
 
 pytestmark = pytest.mark.slow
 TITLE = {"title": "x"}
@@ -94,26 +88,3 @@ def test_clients_that_do_not_read_hold_up_nobody_and_are_dropped(
 
         assert connected()  # the bound of what all have not read ends some before
         wait_until(lambda: not connected(), 75)
-
-
-def test_nothing_holds_a_connection_that_its_client_reset() -> None:
-    async def story() -> None:
-        config = Config(
-            PlainTextResponse("answer"), http=Protocol, timeout_keep_alive=75, log_config=None
-        )
-        config.load()
-        protocol = Protocol(config, ServerState(), {})
-        loop = asyncio.get_running_loop()
-        async with await loop.create_server(lambda: protocol, "127.0.0.1", 0) as listener:
-            reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
-            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            await reader.readuntil(b"answer")
-            timer = protocol.timeout_keep_alive_task
-            assert timer and not timer.cancelled()
-            reset = struct.pack("ii", 1, 0)  # SO_LINGER of no seconds
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-            writer.close()
-            await asyncio.sleep(0.3)
-            assert timer.cancelled()
-
-    asyncio.run(story())

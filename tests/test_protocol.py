@@ -1,0 +1,137 @@
+"""lib/protocol.py without a service: what applications get of a connection, and what it holds."""
+
+import asyncio
+import gc
+import socket
+import struct
+import weakref
+from unittest.mock import Mock
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from lib.middleware import RequestLog
+from lib.protocol import Protocol
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+UPGRADE = b"Connection: HTTP2-Settings, Upgrade\r\nUPGRADE: h2c\r\nHTTP2-Settings: AA\r\n"
+
+
+def protocol_of(app: ASGIApp) -> Protocol:
+    """The protocol of a connection to `app`."""
+    config = Config(app, http=Protocol, ws="none", timeout_keep_alive=75, log_config=None)
+    config.load()
+    return Protocol(config, ServerState(), {})
+
+
+def connected(app: ASGIApp) -> Protocol:
+    """The protocol of a connection whose client is the test."""
+    protocol, transport = protocol_of(app), Mock()
+    transport.get_extra_info("socket").getsockname.return_value = ("127.0.0.1", 8000)
+    transport.get_extra_info("socket").getpeername.return_value = ("192.0.2.1", 50_000)
+    transport.is_closing.return_value = False
+    transport.get_write_buffer_size.return_value = 0
+    protocol.connection_made(transport)
+    return protocol
+
+
+async def answered(protocol: Protocol) -> None:
+    """Waits until all requests of the connection are answered."""
+    async with asyncio.timeout(5):
+        while tasks := protocol.tasks:
+            await asyncio.wait(tasks)
+            await asyncio.sleep(0)
+
+
+def test_an_upgrade_is_ignored_wherever_its_head_is_cut() -> None:
+    async def story(head: bytes, cut: int) -> None:
+        requests = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            requests.append((scope["method"], await Request(scope, receive).body()))
+            await PlainTextResponse("answer")(scope, receive, send)
+
+        protocol, sent = connected(app), (head + b"body") * 2 + GET
+        protocol.data_received(sent[:cut])
+        protocol.data_received(sent[cut:])
+        await answered(protocol)
+        assert requests == [("POST", b"body"), ("POST", b"body"), ("GET", b"")], cut
+
+    head = b"POST / HTTP/1.1\r\n" + UPGRADE + b"Content-Length: 4\r\n\r\n"
+    for cut in range(len(head + b"body") * 2):
+        asyncio.run(story(head, cut))
+
+
+def test_a_trailer_is_no_header() -> None:
+    async def story() -> None:
+        names = list[bytes]()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await Request(scope, receive).body()
+            names.extend(name for name, _ in scope["headers"])
+
+        protocol = connected(app)
+        protocol.data_received(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        protocol.data_received(b"4\r\nbody\r\n0\r\nAuthorization: Bearer x\r\n\r\n")
+        await answered(protocol)
+        assert names == [b"transfer-encoding"]
+
+    asyncio.run(story())
+
+
+def test_an_idle_connection_holds_no_request_and_middleware_outside_has_it_whole() -> None:
+    async def story() -> None:
+        requests, paths = weakref.WeakSet[Request](), []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["state"]["seen"] = request = Request(scope)
+            requests.add(request)
+            await PlainTextResponse("answer")(scope, receive, send)
+
+        async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+            await RequestLog(app)(scope, receive, send)
+            paths.append(scope["path"])
+
+        protocol = connected(outside)
+        for _ in range(2):
+            protocol.data_received(GET)
+            await answered(protocol)
+            gc.collect()
+            assert not requests
+        assert paths == ["/", "/"]
+
+    asyncio.run(story())
+
+
+def test_a_client_that_does_not_read_is_known_whatever_is_answered() -> None:
+    async def story() -> None:
+        protocol = connected(RequestLog(PlainTextResponse("answer")))
+        for sent in [b"", GET, GET + GET, b"GET / "]:
+            protocol.data_received(sent)
+            protocol.pause_writing()
+            assert protocol.readers.clients[protocol.transport] == "192.0.2.1/32"
+            protocol.resume_writing()
+            await answered(protocol)
+
+    asyncio.run(story())
+
+
+def test_nothing_holds_a_connection_that_its_client_reset() -> None:
+    async def story() -> None:
+        protocol, loop = protocol_of(PlainTextResponse("answer")), asyncio.get_running_loop()
+        async with await loop.create_server(lambda: protocol, "127.0.0.1", 0) as listener:
+            reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+            writer.write(GET)
+            await reader.readuntil(b"answer")
+            timer = protocol.timeout_keep_alive_task
+            assert timer and not timer.cancelled()
+            reset = struct.pack("ii", 1, 0)  # SO_LINGER of no seconds
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            writer.close()
+            await asyncio.sleep(0.3)
+            assert timer.cancelled()
+
+    asyncio.run(story())
