@@ -2,7 +2,7 @@
 
 /api/v1/…                                     for /api/…
 /api/tasks, /api/auth/…, /api/health          for /tasks, /auth/…, /health
-/users/{user}/tasks, /api/users/{user}/tasks  for /api/{user}/tasks
+/users/{user}/tasks, /api/users/{user}/tasks  for /api/{user}/tasks; user like users
 /todos, or another name of the collection     for /tasks
 /tasks/create                                 for /tasks
 /tasks/{id}/edit, /tasks/edit/{id}            for /tasks/{id}; update and delete like edit
@@ -25,6 +25,9 @@ from lib.state import state_of
 ACCOUNTS = {"create": "register", "current_user": "me", "login": "login", "logout": "logout",
     "me": "me", "register": "register", "signin": "login", "signup": "register", "token": "token",
 }  # fmt: skip
+PREFIX = re.compile(r"\A/(?:api/(?:v1/)?)?(?:users?/)?")
+# A / that is data (RFC 3986 section 2.2), or a line break, before which a route's $ would match.
+NOWHERE = re.compile(rb"%2f|%0a", re.IGNORECASE)
 FORMS = (b"application/x-www-form-urlencoded", b"multipart/form-data")
 
 
@@ -45,15 +48,13 @@ class CanonicalPath:
         path, state = scope["path"], state_of(scope)
         if root and path.startswith(root + "/"):  # a proxy may have removed it
             path = path[len(root) :]
-        if b"%2f" in scope.get("raw_path", b"").lower():  # it is no slash (RFC 3986 section 2.2)
+        if NOWHERE.search(scope.get("raw_path", b"")):
             raise HTTPProblem(404)
         state.path = root + path
         if not self.unless.fullmatch(path):
             path = re.sub("/+", "/", path).rstrip("/") or "/"
-            if path.endswith("\n"):  # a route's $ would match before it
-                raise HTTPProblem(404)
             state.path = root + path
-            path = "/" + "/".join(canonical(path[1:].split("/"), self.names))
+            path = canonical(path, self.names)
             if path in ("/auth/login", "/auth/token"):  # by the body: clients mix up the two
                 is_form = state.headers.get(b"content-type", b"").lower().startswith(FORMS)
                 path = "/auth/token" if is_form else "/auth/login"
@@ -71,22 +72,23 @@ class CanonicalPath:
             scope["route"] = routed.get("route")  # for the log
 
 
-def canonical(parts: list[str], names: Mapping[str, str]) -> list[str]:
-    """What stands between the slashes of a path, in the form that a route has."""
-    if parts[:2] == ["api", "v1"]:
-        parts = ["api", *parts[2:]]
-    if parts[0] == "api" and parts[1:2] and parts[1] in {*names, "auth", "health", "users"}:
-        parts = parts[1:]
-    match parts:
-        case ["api" | "users", user, called, *rest] if called in names:
-            return ["api", user, names[called], *without_verb(rest)]
+def canonical(path: str, names: Mapping[str, str]) -> str:
+    """The path in the form that a route has."""
+    short = PREFIX.sub("", path)
+    match short.split("/"):
         case [called, *rest] if called in names:
-            return [names[called], *without_verb(rest)]
+            parts = [names[called], *without_verb(rest)]
+        case [user, called, *rest] if called in names and short != path[1:]:
+            parts = ["api", user, names[called], *without_verb(rest)]
         case ["auth", called]:
-            return ["auth", ACCOUNTS.get(called, called)]
-        case [called] | ["api" | "user" | "users", called] | ["api", "user", called]:
-            return ["auth", ACCOUNTS[called]] if called in ACCOUNTS else parts
-    return parts
+            parts = ["auth", ACCOUNTS.get(called, called)]
+        case [called] if called in ACCOUNTS:
+            parts = ["auth", ACCOUNTS[called]]
+        case ["health", *rest]:
+            parts = ["health", *rest]
+        case _:
+            return path
+    return "/" + "/".join(parts)
 
 
 def without_verb(parts: list[str]) -> list[str]:
