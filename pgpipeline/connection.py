@@ -6,6 +6,7 @@ from typing import Any
 
 import psycopg
 from psycopg.generators import fetch
+from psycopg.pq import ExecStatus
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 MAX_IDLE = 15.0  # seconds after which an idle connection is pinged before it is used
@@ -40,10 +41,12 @@ class Connection(psycopg.AsyncConnection[Any]):
             await self.ping(PING_TIMEOUT)
 
     async def ping(self, seconds: float) -> None:
-        """Waits for the answer to a Sync, which is a round trip without a query."""
+        """Sends a Sync, which is a round trip without a query. Raises psycopg.Error if it fails."""
         self.pgconn.pipeline_sync()
         self.pgconn.flush()
-        await self.wait(fetch(self.pgconn), timeout=seconds)
+        answer = await self.wait(fetch(self.pgconn), timeout=seconds)
+        if not answer or answer.status != ExecStatus.PIPELINE_SYNC:  # such as the session's end
+            raise psycopg.OperationalError("another answer than a Sync's")
 
 
 class ConnectionPool(AsyncConnectionPool[Connection]):
@@ -84,6 +87,9 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
             await self.drain()  # the server may have gone for the other idle ones as well
 
     async def release(self, connection: Connection) -> None:
-        """Gives a connection back, for whoever acquires next. The pool replaces a closed one."""
+        """Gives a connection back, for whoever acquires next. The pool replaces a closed one.
+
+        It is given back also if this is cancelled: otherwise the pool would count it for ever.
+        """
         connection.last_used = time()
-        await self.putconn(connection)
+        await asyncio.shield(self.putconn(connection))

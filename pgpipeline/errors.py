@@ -29,12 +29,10 @@ class UnexpectedError(Exception):
 
 # With another transaction, which needs some time to end.
 CONFLICTS = (postgres.SerializationFailure, postgres.DeadlockDetected)
-# The statement was not executed, or was rolled back. So it may be sent again, a write too.
 RETRYABLE = (
     *CONFLICTS,
     postgres.DuplicatePreparedStatement,
     postgres.InvalidSqlStatementName,  # after DEALLOCATE ALL, or if its Parse was refused before
-    postgres.QueryCanceled,  # by a cancellation that was meant for the statement before it
 )
 SHUTDOWN = (postgres.AdminShutdown, postgres.IdleSessionTimeout)
 
@@ -50,6 +48,11 @@ def is_outdated(error: postgres.Error) -> bool:
     It is 0A000, as whatever PostgreSQL cannot do, and told from that by the function it comes from.
     """
     return error.diag.source_function == "RevalidateCachedQuery"
+
+
+def may_retry(error: postgres.Error) -> bool:
+    """Whether the statement was not executed, or was rolled back. A write may be sent again too."""
+    return isinstance(error, RETRYABLE) or is_outdated(error)
 
 
 def error_of(name: str, error: postgres.Error) -> Exception:

@@ -55,6 +55,7 @@ class Pipeline:
         self.answer: PGresult | None = None  # to the first of them, until its Sync comes
         self.refused: list[tuple[Query, Exception]] = []  # since the server is a standby
         self.unflushed = False
+        self.is_cancelling = False  # a cancellation was sent, and has cancelled nothing yet
         # Done when nothing more will come: with an error if the connection is lost.
         self.end: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         # On the clock of time.monotonic():
@@ -110,13 +111,19 @@ class Pipeline:
         self.end.set_result(error)
 
     async def release(self) -> None:
-        """Releases or closes the connection. Queries without an answer are sent again, or fail."""
+        """Releases the connection. One that is BROKEN is closed, with those that are idle."""
         self.finish()  # which has not been called if this task was cancelled
-        connections, error = self.pool.connections, self.end.result()
-        if self.state is State.BROKEN:
-            await connections.drain()  # what happened to this connection may have happened to all
-            await self.connection.close()
-        await connections.release(self.connection)
+        try:
+            if self.state is State.BROKEN:
+                await self.connection.close()
+                await self.pool.connections.drain()  # the others may be lost as well
+        finally:  # this task may be cancelled once more
+            self.give_back()
+            await self.pool.connections.release(self.connection)
+
+    def give_back(self) -> None:
+        """Has the queries without an answer sent again by other pipelines, or fails them."""
+        error = self.end.result()
         # The last one first, because retry() puts each before the others of its tenant.
         for query in reversed(self.sent):
             self.pool.queue.ended(query, self, quickly=False)
@@ -144,7 +151,7 @@ class Pipeline:
                 pgconn.send_prepare(name, query.statement.text)
             pgconn.send_query_prepared(name, query.values)
             pgconn.pipeline_sync()  # without it, all that is under way were one transaction
-        except postgres.OperationalError as error:
+        except Exception as error:  # after any, nobody knows what was sent
             self.finish(error)
 
     def flush(self) -> None:
@@ -203,7 +210,10 @@ class Pipeline:
             query, answer, self.answer = self.sent.popleft(), self.answer, None
             self.waiting_since = self.pool.last_answer = now
             self.pool.queue.ended(query, self, quickly)
-            self.settle(query, answer)
+            try:
+                self.settle(query, answer)
+            except Exception as error:  # no other query has to do with it
+                query.fail(error)
         elif status == ExecStatus.PIPELINE_ABORTED:
             pass  # the query was skipped: the answer is the error of its Parse, which came before
         elif status == ExecStatus.COMMAND_OK and not result.command_status:
@@ -214,27 +224,30 @@ class Pipeline:
             raise postgres.AdminShutdown
 
     def settle(self, query: Query, answer: PGresult) -> None:
-        """Gives a query its result, its error, or another attempt."""
+        """Gives a query its result. An error gives it another attempt, if it was not executed."""
         if answer.status in SUCCESS:
             if not query.result.done():
                 query.result.set_result(Result(answer))
             return
-        statement, reason = query.statement, postgres.error_from_result(answer)
-        error = errors.error_of(statement.name, reason)
-        if isinstance(reason, postgres.InvalidSqlStatementName):
-            self.connection.prepared.discard(query.sent_by_name)
-        outdated = errors.is_outdated(reason)
-        if outdated and query.sent_by_name == statement.prepared_name:
-            statement.renew()  # once, though many queries under way were sent by the old name
+        reason, statement = postgres.error_from_result(answer), query.statement
+        error, may_retry = errors.error_of(statement.name, reason), errors.may_retry(reason)
         if isinstance(reason, postgres.ReadOnlySqlTransaction):
-            # Since a failover all connections may lead to a standby. release() has them replaced
-            # before it sends the query again.
+            # Since a failover all connections may lead to a standby. They have gone when
+            # give_back() has the query sent again.
             self.state = State.BROKEN
             self.refused.append((query, error))
             for other in self.pool.pipelines:
                 if other.state is State.ACTIVE:
                     other.state = State.DRAINING
-        elif (outdated or isinstance(reason, errors.RETRYABLE)) and not query.cancelled_at:
+            return
+        if isinstance(reason, postgres.InvalidSqlStatementName):
+            self.connection.prepared.discard(query.sent_by_name)
+        if errors.is_outdated(reason) and query.sent_by_name == statement.prepared_name:
+            statement.renew()  # once, though many queries under way were sent by the old name
+        if isinstance(reason, postgres.QueryCanceled):  # if not by us, by statement_timeout
+            may_retry = self.is_cancelling and not query.cancelled_at  # it was meant for another
+            self.is_cancelling = False
+        if may_retry:
             self.pool.retry(query, error, conflict=isinstance(reason, errors.CONFLICTS))
         else:
             query.fail(error)
@@ -265,7 +278,7 @@ class Pipeline:
         others_wait = len(self.sent) > 1 or self.pool.queue.waiting or self.refused
         holds_up = others_wait and now - self.waiting_since > STATEMENT_TIMEOUT
         if holds_up or query.result.done():
-            query.cancelled_at = now
+            query.cancelled_at, self.is_cancelling = now, True
             # What comes of it is seen in the answer to the query, which may have ended meanwhile.
             with suppress(postgres.Error, OSError):
                 await self.connection.cancel_safe(timeout=CANCEL_TIMEOUT)

@@ -119,20 +119,19 @@ class PipelinePool:
         return None
 
     def fill(self, pipelines: list[Pipeline], slow: bool | None) -> None:
-        """Sends queries where the fewest are under way, until nothing more may be sent.
-
-        `slow` says whose queries these pipelines take, as for Queue.take().
-        """
+        """Sends queries where the fewest are under way, until no more may be sent. Those of slow
+        tenants alone (True), of quick ones (False), or of all (None)."""
         pipelines = pipelines.copy()
         while pipelines and self.queue.waiting:
             pipeline = min(pipelines, key=lambda pipeline: len(pipeline.sent))
             if len(pipeline.sent) >= self.depth:
                 return
-            # A send() may have found that the connection is lost.
-            is_active = pipeline.state is State.ACTIVE
+            is_active = (
+                pipeline.state is State.ACTIVE
+            )  # a send() may have found its connection lost
             if is_active and (query := self.queue.take(pipeline, slow)):
                 pipeline.send(query)
-            else:  # by rule 4 another pipeline may still take one
+            else:  # another pipeline may still take one, by rule 4
                 pipelines.remove(pipeline)
 
     def open_pipeline(self) -> None:

@@ -1,17 +1,7 @@
-"""The queue: which of the queries that wait is sent next.
+"""The queue: which of the queries that wait is sent next. README.md has the four rules.
 
 A tenant is whoever shares the pool with others, for instance a user of a web service. What one
-tenant sends must not decide how long another one waits. Four rules see to that:
-
-1. Queries are sent in the order of their places. A query's place is the next free one, but at least
-   STEP behind the tenant's query before it. So tenants who send a fair share wait equally long, and
-   a burst waits for the others' queries, not they for the burst.
-2. A tenant has at most FEW queries under way while other tenants have queries.
-3. A tenant with a slow query counts as slow until one of its queries is quick, or for SLOW_MEMORY
-   seconds. It has at most one query under way. The pool keeps one pipeline for slow tenants while
-   there is another one for quick ones.
-4. A tenant has queries on all pipelines but one at most, of those that serve its kind. If only one
-   does, on that one.
+tenant sends must not decide how long another one waits.
 """
 
 import asyncio
@@ -129,11 +119,8 @@ class Queue:
     # Queries that are sent...
 
     def take(self, pipeline: Hashable, slow: bool | None = None) -> Query | None:
-        """Takes the next query that may go to a pipeline. None if there is none.
-
-        `slow` says whether the pipeline serves slow tenants alone (True), quick ones (False), or
-        all (None).
-        """
+        """Takes the next query that may go to a pipeline: to one that serves slow tenants alone
+        (True), quick ones (False), or all (None)."""
         for index, tenant in enumerate(self.turns):
             if self.may_send(tenant, pipeline, slow):
                 del self.turns[index]

@@ -42,9 +42,6 @@ class Statement:
         digest = hashlib.sha256(self.text).hexdigest()[:16]
         self.prepared_name = f"{self.name}_{digest}_{self.generation}".encode()
 
-    def __repr__(self) -> str:
-        return f"<Statement {self.name}>"
-
 
 def encode(value: Value) -> bytes | None:
     """A value in PostgreSQL's text format. Raises InvalidValue for a text with a NUL."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import LiteralString
 
+import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.pq import ConnStatus
@@ -63,6 +64,8 @@ async def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
     pool: PipelinePool, table: str, how: str
 ) -> None:
     query = await start(pool, SLOW_INSERT)
+    [pipeline] = pool.pipelines
+    pipeline.is_cancelling = True  # as if the query before it had been cancelled too late
     value(table, END[how])
     assert (await query).rows == [(b"1",)]
     assert value(table, "SELECT count(*) FROM stored") == 1
@@ -105,6 +108,22 @@ async def test_an_answer_that_never_comes_is_a_lost_connection(pool: PipelinePoo
     missing.tenant.under_way.append(pipeline)
     assert (await query).rows == [(b"1",)]
     assert (await asyncio.wait_for(missing.result, 1)).rows == [(b"2",)]  # sent again: it reads
+
+
+async def test_a_pipeline_that_is_cancelled_often_loses_neither_query_nor_connection(
+    pool: PipelinePool,
+) -> None:
+    query = await start(pool, "SELECT 1 FROM pg_sleep(0.5)")
+    [task] = pool.pipelines.values()
+    async with pool.connections._lock:  # drain() waits for it, and then putconn()
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0.01)
+    async with asyncio.timeout(2):
+        assert (await query).rows == [(b"1",)]
+    await asyncio.sleep(0.3)
+    stats = pool.connections.get_stats()
+    assert stats["pool_available"] == stats["pool_size"]
 
 
 async def test_a_socket_that_gets_the_number_of_a_lost_one_is_watched(
@@ -212,6 +231,18 @@ async def test_connections_that_were_idle_for_long_and_whose_peers_vanished_fail
         connection.last_used -= 20
     with dead_peers(pool):
         assert (await ask(pool, SLOW_INSERT)).rows == [(b"1",)]
+
+
+async def test_an_idle_connection_whose_next_answer_is_not_the_pings_is_not_used(
+    pool: PipelinePool,
+) -> None:
+    connection = await pool.connections.acquire()
+    connection.pgconn.send_prepare(b"wrong", b"SELECT absent")
+    connection.last_used -= 20
+    with pytest.raises(psycopg.OperationalError):
+        await connection.check()
+    await connection.close()
+    await pool.connections.release(connection)
 
 
 async def test_a_lost_connection_condemns_those_that_are_idle(
