@@ -33,7 +33,7 @@ BCRYPT_COST = 12  # 0.24 s of a core
 MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # hashed at once, and waiting: at most 2.4 s
 ACCOUNT_LIMIT = parse_limit("10/minute")  # attempts with one e-mail
 ADDRESS_LIMIT = parse_limit("100/minute")  # from one IPv4 address or IPv6 /64, or wider when full
-# Patterns. A NAME is no list and not "https://" alone. A CLAIM is none with a meaning of its own.
+# form() refuses what does not match: a NAME that is a list, a CLAIM that has another meaning.
 URL, REDIS = rf"https?://{HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
 NAME, CLAIM = r"(?!https?:/*$)[^\s,]+", r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+"
 UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -78,7 +78,6 @@ def check_settings() -> None:
 
 
 # Tokens.
-
 
 # Maps the SHA-256 of a token to its user and to when to verify it again, in seconds since 1970.
 verified: dict[bytes, tuple[str, float]] = {}

@@ -69,7 +69,7 @@ class Page(NamedTuple):
 # costs as much as page 1. coalesce() keeps the condition on id an index range; OR would not.
 # LIMIT + 1 tells whether more tasks follow. row_to_json() escapes line breaks: one line, one task.
 # 1,000 tasks of escaped control characters take 33 MB, so PostgreSQL cuts the text. left() reads
-# the whole text, so CASE spares short ones that. string_agg() keeps the subquery's order.
+# the whole text, so CASE skips it for short ones. string_agg() keeps the subquery's order.
 SELECT_TASKS = Statement("SELECT_TASKS", f"""
 SELECT CASE WHEN octet_length(lines) > {PAGE_BYTES} THEN left(lines, {PAGE_BYTES}) ELSE lines END,
     count
@@ -99,8 +99,8 @@ async def select_tasks(
 
 
 # A known Idempotency-Key makes this an UPDATE that changes nothing, because DO NOTHING returns no
-# row. xmax is 0 in a new row; ON CONFLICT locks an old one, which sets xmax. No row
-# comes back when the key was used with another body.
+# row. xmax is 0 in a new row; ON CONFLICT locks an old one, which sets xmax. No row comes back
+# when the key was used with another body.
 INSERT_TASK = Statement("INSERT_TASK", f"""
 INSERT INTO todo.tasks (user_id, {", ".join(WRITABLE)}, idempotency_key, idempotency_digest)
 VALUES (%(user_id)s, {", ".join(f"%({field})s" for field in WRITABLE)}, %(key)s, %(digest)s)

@@ -33,12 +33,10 @@ from functools import partial
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-import fastapi
-import pydantic
-from fastapi import Depends, Form, Query, Request, Response
+from fastapi import Depends, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import Field, StrictBool
+from pydantic import Field, StrictBool, model_validator
 from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -83,7 +81,7 @@ NAMES_DIFFER = "completed and is_completed differ: send one"
 class TaskBody(SQLModel):
     """A body about a task. Unknown fields are ignored, so nobody can set an owner or an id."""
 
-    @pydantic.model_validator(mode="before")
+    @model_validator(mode="before")
     @classmethod
     def read_either_name(cls, sent: Any) -> Any:
         """Takes `is_completed` for `completed`. Refuses values that differ: a client that sends a
@@ -148,7 +146,7 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
 
 # Aliases of paths: lib/paths.py lists them.
 NAMES = dict.fromkeys(["tasks", "todos", "task", "todo"], "tasks")  # what clients call /tasks
-CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # these skip the aliases, for speed
+CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # have no alias: faster
 
 # `respond` makes a problem, as JSON, of an exception.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
@@ -168,7 +166,7 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.ErrorResponses, respond=respond),  # an exception as JSON
         Middleware(CanonicalPath, names=NAMES, unless=CANONICAL),  # an alias as its route
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
-        Middleware(PreparedRoutes),  # as FastAPI would answer, but prepared once
+        Middleware(PreparedRoutes),  # FastAPI's work, prepared once
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
@@ -177,7 +175,7 @@ app = openapi.DocumentedAPI(
 # Tasks.
 
 CurrentUser = Annotated[str, Depends(auth.current_user)]
-Owner = Annotated[str, fastapi.Path(alias="user_id")]  # the user that a path names
+Owner = Annotated[str, Path(alias="user_id")]  # the user that a path names
 Flag = Annotated[bool | None, Query(description="true or false")]
 Status = Annotated[Literal["all", "completed", "done", "pending", "active", "incomplete", "todo"],
     Query(description="all, completed, done, pending, active, incomplete or todo")]  # fmt: skip
@@ -265,7 +263,7 @@ async def get_task(user_id: CurrentUser, task_id: UUID, conditions: IfConditions
     task = await db.select_task(user_id, task_id)
     if task is None:
         raise task_not_found()
-    return conditions.respond(task.json, task.etag, {})
+    return conditions.respond(task.json, task.etag, {})  # 200, 304 or 412
 
 
 @route("PUT", "/tasks/{task_id}", response_model=Task)
@@ -463,4 +461,4 @@ if __name__ == "__main__":
 else:  # A server imports this module. A wrong setting ends the start before it serves anything.
     logs.configure()
     auth.check_settings()
-    db.conninfo()  # stops the start if wrong
+    db.conninfo()

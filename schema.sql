@@ -4,7 +4,8 @@
 -- leaves a table that exists as it is: write a change in the table, for new databases, and at the
 -- end of this file, for those that exist. Write each name with its schema, because a search_path
 -- may lead to another application's tables. The limits of the API stand here too, as named
--- constraints, for other programs. A DO, as CREATE SCHEMA IF NOT EXISTS always needs the privilege.
+-- constraints, for other programs.
+-- CREATE SCHEMA IF NOT EXISTS would need the privilege even where the schema exists.
 DO $$ BEGIN IF to_regnamespace('todo') IS NULL THEN CREATE SCHEMA todo; END IF; END $$;
 
 -- UUID version 7 (RFC 9562 section 5.7) begins with the time, so the primary key of tasks is also

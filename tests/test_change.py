@@ -14,11 +14,13 @@ from httpx import Client
 
 from conftest import HERE, bearer, copy_service, get, post, serving, token, uvicorn
 
+FIELD, ROUTE, ENVELOPE = re.findall(
+    r"^```diff\n(.*?)^```", (HERE / "CONTRIBUTING.md").read_text(), re.M | re.S
+)
 
-def places() -> Iterator[tuple[str, str, str, str]]:
-    """Of each place in CONTRIBUTING: the file, its lines before and after, and the new ones."""
-    text = (HERE / "CONTRIBUTING.md").read_text()
-    shown = "".join(re.findall(r"^```diff\n(.*?)^```", text, re.M | re.S))
+
+def places(shown: str) -> Iterator[tuple[str, str, str, str]]:
+    """Of each place that is shown: the file, its lines before and after, and the new ones."""
     for place in re.split(r"^--- ", shown, flags=re.M)[1:]:
         name, *lines = place.splitlines(keepends=True)
         before, after, new = (
@@ -53,7 +55,7 @@ def changed(empty: str, tmp_path: Path) -> Iterator[str]:
     copy_service(folder)
     for name in ("README.md", "test_main.py"):
         shutil.copy(HERE / name, folder)
-    for name, *change in places():
+    for name, *change in places(FIELD + ROUTE + ENVELOPE):
         source = (folder / name).read_text()
         (folder / name).write_text(changed_text(source, *change))
     with serving(empty, tmp_path / "log", uvicorn, folder) as server:

@@ -5,13 +5,15 @@ None of it is a promise of the service: a fork may delete this file.
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from graphlib import TopologicalSorter
 
 import pytest
 from httpx import Client
 
 from conftest import HERE, SETTINGS, documented_routes, service_files
+from tests.test_change import FIELD, changed_text, places
 
 parametrize = pytest.mark.parametrize
 
@@ -121,19 +123,35 @@ def test_main_holds_no_sql() -> None:
     assert statements("main.py") == []
 
 
-# Sizes: the front is read in one sitting. A fork may raise these: lines, and bytes in UTF-8.
-
-SIZES = {"the front": (1_060, 46_080), "lib/": (2_720, 121_500), "pgpipeline/": (950, 43_000)}
+# Sizes: the front is read in one sitting. A fork may raise them.
 
 
-@parametrize(("part", "names"), [("the front", FRONT), ("lib/", LIB), ("pgpipeline/", PGPIPELINE)])
-def test_no_floor_of_the_house_outgrows_its_readers(part: str, names: list[str]) -> None:
-    text = text_of(*names)
-    has, most = (len(text.splitlines()), len(text.encode())), SIZES[part]
+def with_field() -> str:
+    """The front with the field that CONTRIBUTING shows, so that whoever adds it has room."""
+    texts = {name: text_of(name) for name in FRONT}
+    for name, *change in places(FIELD):
+        if name in texts:
+            texts[name] = changed_text(texts[name], *change)
+    return "".join(texts.values())
+
+
+SIZES = [  # the most lines, and the most bytes in UTF-8
+    ("the front with CONTRIBUTING's field", with_field, 1_060, 46_080),
+    ("lib/", partial(text_of, *LIB), 2_720, 121_500),
+    ("pgpipeline/", partial(text_of, *PGPIPELINE), 950, 43_000),
+]
+
+
+@parametrize(("part", "read", "lines", "size"), SIZES, ids=[each[0] for each in SIZES])
+def test_no_floor_of_the_house_outgrows_its_readers(
+    part: str, read: Callable[[], str], lines: int, size: int
+) -> None:
+    text = read()
+    has = (len(text.splitlines()), len(text.encode()))
     sizes = "{} has {:,} lines and {:,} bytes; SIZES in tests/test_house.py allow {:,} and {:,}"
     advice = "shorten it, or raise them if this is your fork"
-    fits = has[0] <= most[0] and has[1] <= most[1]
-    assert fits, f"{sizes.format(part, *has, *most)}: {advice}"
+    fits = has[0] <= lines and has[1] <= size
+    assert fits, f"{sizes.format(part, *has, lines, size)}: {advice}"
 
 
 # Layers.
