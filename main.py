@@ -160,7 +160,6 @@ app = openapi.DocumentedAPI(
     lifespan=startup.lifespan(db.start, db.stop),
     telemetry=telemetry(automatic=settings.fastapi_otel_auto_configure),
     middleware=[  # outermost first
-        Middleware(middleware.ClientAddress),  # as a proxy sends it
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
         Middleware(middleware.ErrorResponses, respond=respond),  # an exception as JSON

@@ -8,14 +8,16 @@ import asyncio
 import random
 import re
 from collections import Counter
-from ipaddress import ip_network
+from contextlib import suppress
+from functools import lru_cache
+from ipaddress import ip_address
 from time import perf_counter
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field, IPvAnyNetwork
+from pydantic_settings import NoDecode
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from lib import logs
 from lib.problems import RETRY, HTTPProblem, Respond
@@ -30,45 +32,41 @@ SMALL = 8_192  # bytes of a body that always find room
 BODY_TIMEOUT = 10  # seconds for a body to arrive
 
 # Private networks, where the proxies of platforms stand (RFC 1918, 4193, 6598).
-PROXIES = "127.0.0.0/8,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7"
-FORWARDED = b"x-forwarded-for"
+PROXIES: Any = "127.0.0.0/8,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7"
+PORT = re.compile(r"\A([\d.]+|\[.*\]):\d+\Z")  # 192.0.2.1:4711 or [2001:db8::1]:4711
 MAX_ADDRESS = 45  # characters of an IP address at most
 PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")
-
-
-def check_networks(text: str) -> str:
-    """The setting without white space. Raises ValueError for what is no list of networks."""
-    try:
-        return ",".join(str(ip_network(each.strip())) for each in text.split(","))
-    except ValueError:
-        raise ValueError("is not like 173.245.48.0/20, 2400:cb00::/32") from None
+# A list with commas. NoDecode: pydantic-settings would read JSON.
+Networks = Annotated[list[IPvAnyNetwork], NoDecode, BeforeValidator(re.compile(r"\s*,\s*").split)]
 
 
 class Settings(BaseSettings):
     client_ip_header: str = Field("X-Forwarded-For", pattern=r"^[\w!#$%&'*+.^`|~-]+$")
-    forwarded_allow_ips: Annotated[str, AfterValidator(check_networks)] = PROXIES
+    forwarded_allow_ips: Networks = Field(PROXIES)
 
 
 settings = Settings.load()
+CLIENT_HEADER = settings.client_ip_header.lower().encode()
 
 
-class ClientAddress:
-    """Gives scope["client"] the address of the client, where a proxy of the settings has sent it.
+def client_address(peer: str, sent: str) -> str:
+    """The address of the client: `sent` by a proxy in its header, or else the connection's peer.
 
     What comes from elsewhere is ignored, because a client can write any header. Of several
     addresses the last counts that is no proxy.
     """
+    address, hops = peer, sent.split(",")
+    while hops and is_proxy(address):
+        address = PORT.sub(r"\1", hops.pop().strip()).strip("[]")[:MAX_ADDRESS] or address
+    return address
 
-    def __init__(self, app: ASGIApp, settings: Settings = settings) -> None:
-        proxies = settings.forwarded_allow_ips
-        self.app: Any = ProxyHeadersMiddleware(app, proxies)  # type: ignore[arg-type]
-        self.header = settings.client_ip_header.lower().encode()
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
-        if scope["type"] == "http" and self.header != FORWARDED:
-            sent = [each for each in scope["headers"] if each[0] != FORWARDED]
-            scope["headers"] = [*sent, *((FORWARDED, v) for n, v in sent if n == self.header)]
-        return self.app(scope, receive, send)
+@lru_cache(4096)
+def is_proxy(address: str) -> bool:
+    with suppress(ValueError):  # no address
+        ip = ip_address(address.removeprefix("::ffff:"))  # IPv4 at a socket for both
+        return any(ip in network for network in settings.forwarded_allow_ips)
+    return False
 
 
 class RequestLog:
@@ -90,8 +88,9 @@ class RequestLog:
             request_id = b"%032x" % random.getrandbits(128)
         length = headers.get(b"content-length", b"0")
         has_body = length != b"0" or b"transfer-encoding" in headers
-        address = scope["client"][0][:MAX_ADDRESS] if scope["client"] else ""
-        state = RequestState(headers, request_id.decode(), address, None if has_body else b"")
+        peer = scope["client"][0] if scope["client"] else ""
+        client = client_address(peer, headers.get(CLIENT_HEADER, b"").decode("latin-1"))
+        state = RequestState(headers, request_id.decode(), client, None if has_body else b"")
         scope["state"]["request"] = state
 
         async def send_with_id(message: Message) -> None:

@@ -29,7 +29,7 @@ FLAGS: dict[str, Any] = {
     "ws": "none",
     "timeout_keep_alive": KEEP_ALIVE,
     "timeout_graceful_shutdown": SHUTDOWN,
-    "proxy_headers": False,  # lib.middleware.ClientAddress finds the client
+    "proxy_headers": False,  # lib.middleware.client_address() finds the client
     "server_header": False,
     "access_log": False,  # RequestLog says more
     "log_config": None,  # the application configures logging
