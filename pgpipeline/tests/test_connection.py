@@ -110,17 +110,21 @@ async def test_an_answer_that_never_comes_is_a_lost_connection(pool: PipelinePoo
     assert (await asyncio.wait_for(missing.result, 1)).rows == [(b"2",)]  # sent again: it reads
 
 
+@pytest.mark.parametrize("under_way", [0, 1])
 async def test_a_pipeline_that_is_cancelled_often_loses_neither_query_nor_connection(
-    pool: PipelinePool,
+    pool: PipelinePool, under_way: int
 ) -> None:
-    query = await start(pool, "SELECT 1 FROM pg_sleep(0.5)")
+    await ask(pool, "SELECT 1")
     [task] = pool.pipelines.values()
-    async with pool.connections._lock:  # drain() waits for it, and then putconn()
+    sql = "SELECT 1 FROM pg_sleep(0.5)"
+    queries = [asyncio.create_task(ask(pool, sql)) for _ in range(under_way)]
+    await asyncio.sleep(0.05 * under_way)
+    async with pool.connections._lock:  # drain() waits for it, and putconn() of what is not lost
         for _ in range(3):
             task.cancel()
             await asyncio.sleep(0.01)
     async with asyncio.timeout(2):
-        assert (await query).rows == [(b"1",)]
+        assert [result.rows for result in await asyncio.gather(*queries)] == [[(b"1",)]] * under_way
     await asyncio.sleep(0.3)
     stats = pool.connections.get_stats()
     assert stats["pool_available"] == stats["pool_size"]

@@ -247,7 +247,8 @@ async def test_nothing_is_left_of_queries_however_they_end(
         await asyncio.sleep(1)
         assert (await ask(pool, "SELECT 1")).rows
         await asyncio.sleep(0.3)
-        assert (dict(pool.queue.tenants), pool.queue.waiting, pool.pipelines) == ({}, set(), {})
+        assert (pool.queue.tenants, pool.queue.waiting, pool.pipelines) == ({}, set(), {})
+        assert pool.queue.turns == []
 
 
 # Fairness.

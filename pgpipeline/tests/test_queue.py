@@ -1,4 +1,4 @@
-"""The queue's four rules, its bound, and that it forgets tenants. It needs no database."""
+"""The queue's four rules, and its bound. It needs no database."""
 
 import asyncio
 from collections.abc import Iterable
@@ -101,30 +101,3 @@ async def test_when_the_queue_is_full_the_longest_line_gives_way(
     assert isinstance(last.result.exception(), Unavailable)
     assert not any(query.result.done() for query in (b, c, d))
     assert len(queue.waiting) == 6
-
-
-async def test_a_tenant_without_queries_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgpipeline.queue.MAX_QUEUE", 3)
-    queue = Queue(size=2)
-    left, *others = append(queue, "aabbcc")
-    refused = [query.result.exception() for query in others if query.result.done()]
-    assert len(refused) == 3
-    queue.remove(left)
-    for query in take(queue, 1):
-        queue.ended(query, 1, quickly=True)
-    assert (queue.waiting, queue.turns, queue.tenants) == (set(), [], {})
-
-
-async def test_a_slow_tenant_is_forgotten_when_it_is_slow_no_longer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("pgpipeline.queue.SLOW_MEMORY", 0.05)
-    queue = Queue(size=2)
-    [query] = append(queue, "a")
-    queue.take(1)
-    queue.found_slow(query.tenant)
-    queue.ended(query, 1, quickly=False)
-    assert list(queue.tenants) == ["a"]
-    await asyncio.sleep(0.06)
-    queue.forget_slow()
-    assert (dict(queue.tenants), queue.slow) == ({}, {})
