@@ -20,7 +20,7 @@ from lib.problems import Unauthorized
 from lib.ratelimit import LIMIT, RateLimiter, networks, parse_limit
 from lib.settings import HOST, BaseSettings, Secret, form
 from lib.state import state_of
-from lib.tokens import Rules, TokenVerifier
+from lib.tokens import TokenVerifier
 
 ALGORITHMS = ("EdDSA", "ES256", "RS256")  # of JWT_JWKS_URL
 MAX_TOKEN = 8192  # bytes: a longer token is refused unread
@@ -62,8 +62,8 @@ ACCOUNTS = bool(settings.jwt_secret) and settings.accounts != "off"
 USER_LIMIT = None if settings.rate_limit == "off" else parse_limit(settings.rate_limit)
 
 limiter = RateLimiter(settings.rate_limit_storage_uri)
-rules = Rules(ISSUER, AUDIENCE, USER_CLAIM, MAX_TOKEN, MAX_USER_ID, CLOCK_SKEW)
-verifier = TokenVerifier(SECRET, KeySet(JWKS_URL, ALGORITHMS), rules)
+rules = (ISSUER, AUDIENCE, USER_CLAIM, MAX_TOKEN, MAX_USER_ID, CLOCK_SKEW)  # for tokens
+verifier = TokenVerifier(SECRET, KeySet(JWKS_URL, ALGORITHMS), *rules)
 passwords = Passwords(BCRYPT_COST, MAX_HASHING, MAX_HASHING_QUEUE)
 
 

@@ -1,12 +1,13 @@
 """Verifies JWTs (RFC 7519): the signature first, and then what the claims say.
 
-verifier = TokenVerifier(secret, key_set, Rules(issuer="https://app.example", ...))
+verifier = TokenVerifier(secret, key_set, issuer="https://app.example", ...)
 user_id, expires, by_jwks = await verifier.verify(token)  # raises Unauthorized
 """
 
 import re
+from dataclasses import dataclass
 from time import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jwt
 
@@ -16,22 +17,18 @@ from lib.problems import Unauthorized
 COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
 
 
-class Rules(NamedTuple):
-    """What a token has to be. An issuer or audience of "" is any."""
+@dataclass
+class TokenVerifier:
+    """HS256 meets the secret alone, and every other algorithm the keys of the issuer alone."""
 
-    issuer: str
-    audience: str
+    secret: str
+    key_set: KeySet
+    issuer: str  # the `iss` that a token has to have; "" for any
+    audience: str  # the same of its `aud`
     user_claim: str  # the claim that holds the user id
     max_token: int  # bytes
     max_user_id: int  # characters
     clock_skew: int  # seconds that the issuer's clock may be ahead
-
-
-class TokenVerifier:
-    """HS256 meets the secret alone, and every other algorithm the keys of the issuer alone."""
-
-    def __init__(self, secret: str, key_set: KeySet, rules: Rules) -> None:
-        self.secret, self.key_set, self.rules = secret, key_set, rules
 
     async def verify(self, token: str) -> tuple[str, float, bool]:
         """The user id, the expiry in seconds since 1970, and whether JWKS verified it.
@@ -42,7 +39,7 @@ class TokenVerifier:
         if token.count(".") != 2:
             text = "not a JWT: an opaque session token has to be exchanged for one"
             raise Unauthorized(code="token_not_jwt", description=text)
-        if len(token) > self.rules.max_token or not COMPACT_JWS.fullmatch(token):
+        if len(token) > self.max_token or not COMPACT_JWS.fullmatch(token):
             raise Unauthorized(reason="not a JWT, or too long")
         try:
             header = jwt.get_unverified_header(token)
@@ -72,12 +69,12 @@ class TokenVerifier:
             raise Unauthorized(description=wrong)
         if claims["exp"] <= time():
             raise Unauthorized(code="token_expired", description="the token has expired")
-        return claims[self.rules.user_claim], claims["exp"]
+        return claims[self.user_claim], claims["exp"]
 
     def wrong_claim(self, claims: dict[str, Any]) -> str:
         """What is wrong with a claim, apart from an `exp` that is over; "" for nothing."""
-        rules, latest = self.rules, time() + self.rules.clock_skew
-        for name in ("exp", rules.user_claim, rules.issuer and "iss", rules.audience and "aud"):
+        latest, size = time() + self.clock_skew, self.max_user_id
+        for name in ("exp", self.user_claim, self.issuer and "iss", self.audience and "aud"):
             if name and claims.get(name) is None:
                 return f"the token has no claim {name}"
         for name in ("exp", "nbf", "iat"):
@@ -89,15 +86,15 @@ class TokenVerifier:
                 return f"the claim {name} is not a number of seconds since 1970"
             if name != "exp" and value > latest:
                 return f"the claim {name} is in the future"
-        if rules.issuer and claims["iss"] != rules.issuer:
+        if self.issuer and claims["iss"] != self.issuer:
             return "the token is of another issuer"
         audiences = claims["aud"] if isinstance(claims.get("aud"), list) else [claims.get("aud")]
-        if rules.audience and rules.audience not in audiences:
+        if self.audience and self.audience not in audiences:
             return "the token is for another audience"
-        user_id, size = claims[rules.user_claim], rules.max_user_id
+        user_id = claims[self.user_claim]
         if isinstance(user_id, str) and user_id.isprintable() and 1 <= len(user_id) <= size:
             return ""
-        return f"the claim {rules.user_claim} is not a text of 1 to {size} printable characters"
+        return f"the claim {self.user_claim} is not a text of 1 to {size} printable characters"
 
 
 def decode(token: str, alg: str, key: Any) -> dict[str, Any]:

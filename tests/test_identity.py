@@ -144,9 +144,7 @@ def test_an_accounts_token_has_what_is_asked_of_other_tokens(
     wanted = {"ISSUER": "https://issuer.example", "AUDIENCE": "todo", "USER_CLAIM": "user_id"}
     for name, value in wanted.items():
         monkeypatch.setattr(auth, name, value)
-    changed: Any = {name.lower(): value for name, value in wanted.items()}
-    rules = auth.rules._replace(**changed)
-    monkeypatch.setattr(auth.verifier, "rules", rules)
+        monkeypatch.setattr(auth.verifier, name.lower(), value)
     made = auth.issue_token("u")
     claims = jwt.decode(made, SECRET, ["HS256"], options={"verify_aud": False})
     assert (claims["iss"], claims["aud"]) == ("https://issuer.example", "todo")
@@ -158,7 +156,7 @@ def test_an_issuers_user_never_is_an_account(
     monkeypatch: pytest.MonkeyPatch, issuer: Issuer, sub: str, is_refused: bool
 ) -> None:
     federate(monkeypatch, issuer)
-    monkeypatch.setattr(auth.verifier, "rules", auth.rules._replace(audience="todo"))
+    monkeypatch.setattr(auth.verifier, "audience", "todo")
     assert refused(issuer.token(sub=sub)) is is_refused
 
 
