@@ -87,9 +87,7 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
             await self.drain()  # the server may have gone for the other idle ones as well
 
     async def release(self, connection: Connection) -> None:
-        """Gives a connection back, for whoever acquires next. The pool replaces a closed one.
-
-        It is given back also if this is cancelled: otherwise the pool would count it for ever.
-        """
+        """Gives a connection back, for whoever acquires next. The pool replaces a closed one."""
         connection.last_used = time()
+        # Whoever waits here may be cancelled: then the pool would count the connection for ever.
         await asyncio.shield(self.putconn(connection))

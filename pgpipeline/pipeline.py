@@ -231,15 +231,6 @@ class Pipeline:
             return
         reason, statement = postgres.error_from_result(answer), query.statement
         error, may_retry = errors.error_of(statement.name, reason), errors.may_retry(reason)
-        if isinstance(reason, postgres.ReadOnlySqlTransaction):
-            # Since a failover all connections may lead to a standby. They have gone when
-            # give_back() has the query sent again.
-            self.state = State.BROKEN
-            self.refused.append((query, error))
-            for other in self.pool.pipelines:
-                if other.state is State.ACTIVE:
-                    other.state = State.DRAINING
-            return
         if isinstance(reason, postgres.InvalidSqlStatementName):
             self.connection.prepared.discard(query.sent_by_name)
         if errors.is_outdated(reason) and query.sent_by_name == statement.prepared_name:
@@ -247,10 +238,21 @@ class Pipeline:
         if isinstance(reason, postgres.QueryCanceled):  # if not by us, by statement_timeout
             may_retry = self.is_cancelling and not query.cancelled_at  # it was meant for another
             self.is_cancelling = False
-        if may_retry:
+        if isinstance(reason, postgres.ReadOnlySqlTransaction):
+            self.refuse(query, error)
+        elif may_retry:
             self.pool.retry(query, error, conflict=isinstance(reason, errors.CONFLICTS))
         else:
             query.fail(error)
+
+    def refuse(self, query: Query, error: Exception) -> None:
+        """Ends all pipelines, because since a failover each may lead to a standby. The query is
+        sent again when this one has gone."""
+        self.refused.append((query, error))
+        self.state = State.BROKEN
+        for other in self.pool.pipelines:
+            if other.state is State.ACTIVE:
+                other.state = State.DRAINING
 
     # Watching the time...
 
@@ -259,10 +261,8 @@ class Pipeline:
         return bool(self.sent) and now - self.waiting_since > SLOW + self.connection.round_trip
 
     async def watch(self) -> None:
-        """Drains the pipeline when that is due, and cancels a query that is in others' way.
-
-        It is when its caller has left, or when others have waited for STATEMENT_TIMEOUT.
-        """
+        """Drains the pipeline when that is due. Cancels a query whose caller has left, or for which
+        others have waited for STATEMENT_TIMEOUT."""
         now = monotonic()
         if self.state is State.ACTIVE and self.is_due(now):
             self.state = State.DRAINING

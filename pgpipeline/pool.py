@@ -9,7 +9,7 @@ from time import monotonic
 from pgpipeline.connection import ConnectionPool
 from pgpipeline.errors import Unavailable
 from pgpipeline.pipeline import SLOW, Pipeline, State
-from pgpipeline.queue import Query, Queue
+from pgpipeline.queue import Query, Queue, Serves
 from pgpipeline.result import Result
 from pgpipeline.statement import Statement, Value, encode
 
@@ -87,9 +87,8 @@ class PipelinePool:
     def dispatch(self) -> None:
         """Sends what may be sent, flushes each pipeline once, and opens another one if need be.
 
-        Nothing is sent behind a silent query. One pipeline is kept for slow tenants while they have
-        queries and there is another one. Another pipeline is opened, one at a time, if each of
-        those for quick tenants has several queries under way, or if there is none.
+        README.md has the steps. Nothing is sent behind a silent query. While slow tenants have
+        queries, one pipeline is kept for them, unless it is the only one.
         """
         self.is_scheduled = False
         if self.is_closed or not self.queue.waiting:
@@ -100,13 +99,13 @@ class PipelinePool:
         usable = [pipeline for pipeline in active if not pipeline.is_silent(now)]
         quick = [pipeline for pipeline in usable if pipeline is not for_slow]
         if for_slow and len(active) > 1:
-            self.fill([for_slow] if for_slow in usable else [], slow=True)
-            self.fill(quick, slow=False)
-        else:  # one alone serves all
-            self.fill(usable, slow=None)
+            self.fill([each for each in usable if each is for_slow], "slow")
+            self.fill(quick, "quick")
+        else:
+            self.fill(usable, "all")
         for pipeline in usable:
             pipeline.flush()
-        if all(len(pipeline.sent) > 1 for pipeline in quick):
+        if all(len(pipeline.sent) > 1 for pipeline in quick):  # or if there is none
             self.open_pipeline()
 
     def choose_for_slow(self, active: list[Pipeline]) -> Pipeline | None:
@@ -118,9 +117,8 @@ class PipelinePool:
             return max(active, key=under_way.__getitem__, default=None)
         return None
 
-    def fill(self, pipelines: list[Pipeline], slow: bool | None) -> None:
-        """Sends queries where the fewest are under way, until no more may be sent. Those of slow
-        tenants alone (True), of quick ones (False), or of all (None)."""
+    def fill(self, pipelines: list[Pipeline], serves: Serves) -> None:
+        """Sends queries where the fewest are under way, until no more may be sent."""
         pipelines = pipelines.copy()
         while pipelines and self.queue.waiting:
             pipeline = min(pipelines, key=lambda pipeline: len(pipeline.sent))
@@ -129,7 +127,7 @@ class PipelinePool:
             is_active = (
                 pipeline.state is State.ACTIVE
             )  # a send() may have found its connection lost
-            if is_active and (query := self.queue.take(pipeline, slow)):
+            if is_active and (query := self.queue.take(pipeline, serves)):
                 pipeline.send(query)
             else:  # another pipeline may still take one, by rule 4
                 pipelines.remove(pipeline)

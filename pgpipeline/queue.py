@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Literal
 
 from pgpipeline.errors import Unavailable
 from pgpipeline.result import Result
@@ -19,6 +20,8 @@ STEP = 4  # places between two queries of a tenant, at least
 FEW = 4  # queries of a tenant under way, while the pool serves others as well
 SLOW_MEMORY = 2.0  # seconds for which a tenant counts as slow after a slow query
 MAX_QUEUE = 2000  # queries that may wait; a request weighs some 20 KB
+
+Serves = Literal["all", "slow", "quick"]  # the tenants whose queries a pipeline takes
 
 
 @dataclass(slots=True, eq=False)
@@ -71,22 +74,22 @@ class Queue:
 
     def append(self, query: Query) -> None:
         """Adds a query to its tenant's line. When the queue is full, the longest line gives way."""
-        if query.tenant_name not in self.tenants:  # it may have been forgotten between attempts
-            self.tenants[query.tenant_name] = Tenant(query.tenant_name)
-        tenant = query.tenant = self.tenants[query.tenant_name]
+        name = query.tenant_name
+        if name not in self.tenants:  # it may also have been forgotten between two attempts
+            self.tenants[name] = Tenant(name)
+        tenant = query.tenant = self.tenants[name]
         self.waiting.add(query)
         if query.attempts > 1:  # it keeps its place, which is before those of the others
             if tenant.line:
                 self.leave_turns(tenant)
             tenant.line.appendleft(query)
-            insort(self.turns, tenant, key=first_place)
         else:
             query.place = tenant.last_place = max(self.next_place, tenant.last_place + STEP)
             if query.place == self.next_place:  # a burst takes no places away from others
                 self.next_place += 1
             tenant.line.append(query)
-            if len(tenant.line) == 1:
-                insort(self.turns, tenant, key=first_place)
+        if query is tenant.line[0]:
+            insort(self.turns, tenant, key=first_place)
         if len(self.waiting) > MAX_QUEUE:
             self.shed()
 
@@ -118,11 +121,10 @@ class Queue:
 
     # Queries that are sent...
 
-    def take(self, pipeline: Hashable, slow: bool | None = None) -> Query | None:
-        """Takes the next query that may go to a pipeline: to one that serves slow tenants alone
-        (True), quick ones (False), or all (None)."""
+    def take(self, pipeline: Hashable, serves: Serves) -> Query | None:
+        """Takes the next query that may go to a pipeline. None if there is none."""
         for index, tenant in enumerate(self.turns):
-            if self.may_send(tenant, pipeline, slow):
+            if self.may_send(tenant, pipeline, serves):
                 del self.turns[index]
                 query = tenant.line.popleft()
                 if tenant.line:
@@ -133,17 +135,17 @@ class Queue:
                 return query
         return None
 
-    def may_send(self, tenant: Tenant, pipeline: Hashable, slow: bool | None) -> bool:
-        """Whether rules 2 to 4 let a tenant's next query go to a pipeline."""
+    def may_send(self, tenant: Tenant, pipeline: Hashable, serves: Serves) -> bool:
+        """Whether a tenant's next query may go to a pipeline."""
         is_slow = tenant in self.slow
-        if slow is not None and slow != is_slow:
+        if serves == ("quick" if is_slow else "slow"):
             return False
         if not tenant.under_way:
             return True
-        has_few = len(tenant.under_way) < FEW or len(self.tenants) == 1
-        if is_slow or not has_few:
+        has_many = len(tenant.under_way) >= FEW and len(self.tenants) > 1
+        if is_slow or has_many:  # rules 3 and 2
             return False
-        most = self.size - 1 if slow is None else self.size - 2  # pipelines for one tenant
+        most = self.size - 1 if serves == "all" else self.size - 2  # pipelines, by rule 4
         return pipeline in tenant.under_way or len(set(tenant.under_way)) < most
 
     def ended(self, query: Query, pipeline: Hashable, quickly: bool) -> None:

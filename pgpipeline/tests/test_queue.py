@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pytest
 
 from pgpipeline import Statement, Unavailable
-from pgpipeline.queue import FEW, Query, Queue
+from pgpipeline.queue import FEW, Query, Queue, Serves
 
 pytestmark = pytest.mark.anyio
 SELECT = Statement("SELECT", "SELECT 1")
@@ -21,9 +21,9 @@ def append(queue: Queue, tenants: Iterable[str]) -> list[Query]:
     return queries
 
 
-def take(queue: Queue, pipeline: int, slow: bool | None = None) -> list[Query]:
+def take(queue: Queue, pipeline: int, serves: Serves = "all") -> list[Query]:
     """All queries that may go to a pipeline now."""
-    return list(iter(lambda: queue.take(pipeline, slow), None))
+    return list(iter(lambda: queue.take(pipeline, serves), None))
 
 
 def names(queries: list[Query]) -> str:
@@ -50,7 +50,7 @@ async def test_queries_are_sent_in_their_order_but_a_burst_waits_for_the_others(
 async def test_whoever_sent_nothing_before_has_no_turns_to_catch_up() -> None:
     queue = Queue(size=2)
     for query in append(queue, "a" * 100)[:50]:
-        assert queue.take(1) is query
+        assert queue.take(1, "all") is query
         queue.ended(query, 1, quickly=True)
     append(queue, "bbbb")
     assert names(take(queue, 1)) == "babababa"
@@ -69,8 +69,8 @@ async def test_a_slow_tenant_has_one_query_under_way_on_the_pipeline_for_slow_on
     queue = Queue(size=3)
     slow = append(queue, "aaab")[0]
     queue.found_slow(slow.tenant)
-    assert names(take(queue, 1, slow=False)) == "b"
-    assert take(queue, 2, slow=True) == [slow]
+    assert names(take(queue, 1, serves="quick")) == "b"
+    assert take(queue, 2, serves="slow") == [slow]
 
 
 async def test_a_tenant_is_slow_no_longer_after_some_seconds(
@@ -87,9 +87,9 @@ async def test_a_tenant_is_slow_no_longer_after_some_seconds(
 async def test_a_tenant_has_queries_on_all_pipelines_but_one(size: int, used: int) -> None:
     queue = Queue(size)
     append(queue, "a" * 20)
-    taken = [bool(queue.take(pipeline)) for pipeline in range(size)]
+    taken = [bool(queue.take(pipeline, "all")) for pipeline in range(size)]
     assert taken == [True] * used + [False] * (size - used)
-    assert queue.take(0)  # where it has some already
+    assert queue.take(0, "all")  # where it has some already
 
 
 async def test_when_the_queue_is_full_the_longest_line_gives_way(
