@@ -36,7 +36,7 @@ from uuid import UUID
 from fastapi import Depends, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import Field, StrictBool, model_validator
+from pydantic import Field, model_validator
 from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -74,11 +74,11 @@ Description = Annotated[str | None, Field(
     title="Description", max_length=5000, pattern=r"^[^\x00]*$",
     description="up to 5,000 characters", examples=["two litres"],
 )]  # fmt: skip
-Completed = Annotated[StrictBool, Field(title="Completed", description="true or false")]
+Completed = Annotated[bool, Field(title="Completed", description="true or false")]
 NAMES_DIFFER = "completed and is_completed differ: send one"
 
 
-class TaskBody(SQLModel):
+class TaskBody(schemas.Body):
     """A body about a task. Unknown fields are ignored, so nobody can set an owner or an id."""
 
     @model_validator(mode="before")

@@ -1,4 +1,4 @@
-"""Completes FastAPI's OpenAPI document by errors and headers, when it is first asked for."""
+"""Completes FastAPI's OpenAPI document by errors, when it is first asked for."""
 
 from typing import Any
 
@@ -13,16 +13,6 @@ STATUSES: list[tuple[set[str], set[int]]] = [
     ({"key:security"}, {401, 429}),
     ({"param:If-Match"}, {412}),
     ({"method:get", "param:If-None-Match"}, {304}),
-]
-# A header, the facts of the operations that send it, the statuses (none: all), and what it says.
-HEADERS: list[tuple[str, set[str], set[str], str]] = [
-    ("ETag", {"param:If-None-Match"}, {"200", "304"}, "For If-Match and If-None-Match."),
-    ("ETag", {"param:Idempotency-Key"}, {"201"}, "For If-Match and If-None-Match."),
-    ("Link", {"param:limit"}, {"200"}, 'While more follow, `</path?query>; rel="next"`.'),
-    ("Location", {"param:Idempotency-Key"}, {"201"}, "The path of what was stored."),
-    ("WWW-Authenticate", set(), {"401"}, "What was wrong with the token (RFC 6750)."),
-    ("Retry-After", set(), {"429", "5XX"}, "Seconds to wait."),
-    ("X-Request-ID", set(), set(), "The request in the log: the id that came with it, or ours."),
 ]
 
 
@@ -55,10 +45,7 @@ def errors(*problems: HTTPProblem) -> dict[int | str, dict[str, Any]]:
 
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:
-    """Adds what FastAPI cannot know. No header gets a bound: some generators fail on it."""
-    document["components"]["headers"] = {
-        name: {"description": text, "schema": {"type": "string"}} for name, _, _, text in HEADERS
-    }
+    """Adds what FastAPI cannot know."""
     for item in document["paths"].values():
         for method, operation in item.items():
             facts = {f"method:{method}"} | {f"key:{key}" for key in operation}
@@ -79,6 +66,5 @@ def complete_operation(operation: dict[str, Any], facts: set[str]) -> None:
     answers.get("304", {}).pop("content", None)  # RFC 9110 section 15.4.5
     for others in ("4XX", "5XX"):
         answers[others] = {"description": f"Any other {others}", "content": {PROBLEM: SCHEMA}}
-    for status, answer in answers.items():
-        names = [n for n, needed, on, _ in HEADERS if needed <= facts and (not on or status in on)]
-        answer["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+    if "429" in answers:  # linters want it
+        answers["429"]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}

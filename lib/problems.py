@@ -65,14 +65,13 @@ class HTTPProblem(HTTPException):
         self.title = PHRASES.get(status) or HTTPStatus(status).phrase
         super().__init__(status, detail or self.title, headers)
         self.code = code or self.title.lower().replace(" ", "_")
-        self.errors, self.reason = errors, reason
+        self.errors, self.reason = list(errors), reason
 
     def members(self, request_id: str) -> dict[str, Any]:
         """The JSON object that a client gets."""
         body = {"type": "about:blank", "title": self.title, "status": self.status_code}
         body |= {"detail": self.detail, "message": self.detail, "code": self.code}
-        body |= {"request_id": request_id}
-        return body | ({"errors": list(self.errors)} if self.errors else {})
+        return body | {"request_id": request_id} | ({"errors": self.errors} if self.errors else {})
 
 
 class Unauthorized(HTTPProblem):
@@ -83,12 +82,12 @@ class Unauthorized(HTTPProblem):
         *,
         code: str = "invalid_token",
         description: str = "",
-        detail: str = "Could not validate credentials",
+        detail: str = "",
         reason: str = "",
     ) -> None:
+        detail, reason = detail or "Could not validate credentials", reason or description or code
         error = {"loc": ["header", "authorization"], "msg": description, "type": code}
-        errors = [error] if description else []
-        super().__init__(401, detail, code, errors=errors, reason=reason or description or code)
+        super().__init__(401, detail, code, errors=[error] if description else [], reason=reason)
         self.description = description
 
     def challenge(self, realm: str) -> str:

@@ -70,9 +70,6 @@ class PreparedRoutes:
         return None
 
 
-# Preparing a route...
-
-
 def prepare(route: Any) -> Calls | None:
     """The Calls of a route. None for a route that is left to FastAPI."""
     try:
@@ -127,9 +124,6 @@ def validator(dependant: Any, *places: str) -> Any:
             kind = Annotated[info.annotation, info, Field(validation_alias=AliasChoices(*paths))]
             hints[param.name] = kind if info.is_required() else NotRequired[kind]
     return TypeAdapter(TypedDict("Arguments", hints)).validator if hints else None  # type: ignore
-
-
-# Serving a request...
 
 
 class Call:

@@ -3,12 +3,14 @@
 A field's title and description are the message of a 422. SQLModel serves as pydantic's BaseModel.
 """
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import Query
-from pydantic import AfterValidator, AliasChoices, Field, StringConstraints
+from pydantic import AfterValidator, AliasChoices, Field, GetCoreSchemaHandler, StringConstraints
+from pydantic_core import core_schema
 from sqlmodel import SQLModel
 
 # \s differs between Rust, Python and JavaScript. PostgreSQL stores no \x00.
@@ -24,6 +26,30 @@ Offset = Annotated[int | None, Query(ge=0, le=10**9, description="a whole number
     validation_alias=AliasChoices("offset", "skip"))]  # fmt: skip
 After = Annotated[UUID | None, Query(description="the id of the last one seen")]
 
+
+def refuse_number(value: Any) -> Any:
+    if isinstance(value, int | float) or re.fullmatch(r"[+-]?[\d.]+", str(value)):
+        raise ValueError("has to be a text in the form of ISO 8601")
+    return value
+
+
+class Body(SQLModel):
+    """A JSON body. pydantic alone would take "1" for 1, "yes" for true, and 0 for 1970-01-01."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        parts: list[Any] = [handler(source)]
+        for part in parts:  # the schema, and then all within it
+            parts += part.values() if isinstance(part, dict) else ()
+            parts += part if isinstance(part, list | tuple) else ()
+            kind = isinstance(part, dict) and part.get("type")
+            if kind in ("bool", "int", "float"):
+                part["strict"] = True
+            if kind in ("date", "datetime", "time", "timedelta"):  # if strict, these take no text
+                part |= core_schema.no_info_before_validator_function(refuse_number, part.copy())
+        return parts[0]
+
+
 # Accounts.
 
 
@@ -36,14 +62,10 @@ Email = Annotated[str, StringConstraints(strip_whitespace=True), Field(
     min_length=3, max_length=254, pattern=rf"^[^@{WHITESPACE}]+@[^@{WHITESPACE}]+$", title="E-mail",
     description="needs an @ between two parts without spaces", examples=["ann@example.com"],
 ), AfterValidator(normal_email)]  # fmt: skip
-Password = Annotated[str, Field(
-    title="Password", min_length=8, max_length=128, description="8 to 128 characters",
-    examples=["correct horse"],
-)]  # fmt: skip
-AnyPassword = Annotated[str, Field(
-    min_length=1, max_length=1024, description="has to be sent, in up to 1024 characters",
-    examples=["correct horse"],
-)]  # fmt: skip
+Password = Annotated[str, Field(title="Password", min_length=8, max_length=128,
+    description="8 to 128 characters", examples=["correct horse"])]  # fmt: skip
+AnyPassword = Annotated[str, Field(min_length=1, max_length=1024, examples=["correct horse"],
+    description="has to be sent, in up to 1024 characters")]  # fmt: skip
 
 
 class User(SQLModel):
@@ -54,7 +76,7 @@ class User(SQLModel):
     created_at: datetime | None
 
 
-class Login(SQLModel):
+class Login(Body):
     """An e-mail, in upper or lower case, and a password."""
 
     email: Email = Field(validation_alias=AliasChoices("email", "username"))
@@ -67,14 +89,14 @@ class Registration(Login):
     password: Password
 
 
-class PasswordChange(SQLModel):
+class PasswordChange(Body):
     """The password of an account, and the one that takes its place."""
 
     current_password: AnyPassword
     new_password: Password
 
 
-class Confirmation(SQLModel):
+class Confirmation(Body):
     """The password of an account, which is asked for again."""
 
     password: AnyPassword
