@@ -128,6 +128,7 @@ class Protocol(HttpToolsProtocol):
             raise ValueError
         self.size = 0
         self.stop("head")
+        self.pipeline = (self.pipeline or deque()) if self.cycle else NOTHING  # 1 KB less
         super().on_headers_complete()
         self.headers = NOTHING  # a trailer is no header (RFC 9110 section 6.5.1)
 
