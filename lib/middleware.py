@@ -1,6 +1,6 @@
 """ASGI middleware, one duty each. A host lists the classes from the outside in.
 
-ClientAddress and RequestLog come first: RequestLog makes the RequestState that the others use.
+RequestLog comes first, because it makes the RequestState that the others use.
 What does nothing after the app is no coroutine: 1,000 that wait would take 2 MB.
 """
 
@@ -31,11 +31,12 @@ MAX_SHARE = 4_000_000  # bytes of the bodies of one user, or of one address with
 SMALL = 8_192  # bytes of a body that always find room
 BODY_TIMEOUT = 10  # seconds for a body to arrive
 
-# Private networks, where the proxies of platforms stand (RFC 1918, 4193, 6598).
+PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")  # an X-Request-ID that is taken over
+
+# Private networks, where the proxies of platforms stand (RFC 1918, 4193, 6598), as a setting.
 PROXIES: Any = "127.0.0.0/8,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7"
 PORT = re.compile(r"\A([\d.]+|\[.*\]):\d+\Z")  # 192.0.2.1:4711 or [2001:db8::1]:4711
 MAX_ADDRESS = 45  # characters of an IP address at most
-PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")
 # A list with commas. NoDecode: pydantic-settings would read JSON.
 Networks = Annotated[list[IPvAnyNetwork], NoDecode, BeforeValidator(re.compile(r"\s*,\s*").split)]
 

@@ -17,7 +17,7 @@ from lib.problems import Unauthorized
 COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
 
 
-@dataclass
+@dataclass(repr=False)  # it would show the secret
 class TokenVerifier:
     """HS256 meets the secret alone, and every other algorithm the keys of the issuer alone."""
 
