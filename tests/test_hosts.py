@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_network
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 import yaml
@@ -31,6 +33,7 @@ from conftest import (
     wait_for_start,
 )
 from lib import middleware, serve, startup
+from lib.connect_errors import NotReady
 
 COMMAND = (HERE / "Procfile").read_text().removeprefix("web: ").strip()
 DOCKERFILE = (HERE / "Dockerfile").read_text()
@@ -148,3 +151,17 @@ def test_a_service_in_a_thread_of_another_program_stops_though_its_use_fails() -
     with ThreadPoolExecutor(1) as pool, pytest.raises(LookupError):
         pool.submit(asyncio.run, use()).result()
     assert calls == ["start", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "ends"), [(NotReady("why"), SystemExit), (OSError("why"), OSError)]
+)
+def test_a_start_that_fails_stops_what_it_had_begun_and_gives_the_signals_back(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, ends: type[BaseException]
+) -> None:
+    monkeypatch.setattr(startup, "end", sys.exit)
+    start, stop, before = AsyncMock(side_effect=failure), AsyncMock(), signal.getsignal(15)
+    with pytest.raises(ends):
+        asyncio.run(startup.lifespan(start, stop)(FastAPI()).__aenter__())
+    assert stop.await_count == 1
+    assert signal.getsignal(15) == before
