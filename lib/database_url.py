@@ -19,10 +19,12 @@ HARMLESS = re.compile(
     r"|engine|^min|^max|fetch_types|stringtype|inserts|atomic|pool|cache|timeout|limit|lifetime"
     r"|idle|_age|health|prepare|alive|echo|overflow|cursor|protocol|exec_mode|binary|async"
 )
-SEARCH_PATH = re.compile(r"(?i)(?:[?&\s]|-c|--)(?:(?:current)?schema|search_path)\s*=\s*([^\s&]+)")
+SCHEMAS = {"schema", "currentschema", "search_path"}  # harmless where they name ours
+SEARCH_PATH = re.compile(r"search_path\s*=\s*(\S+)", re.IGNORECASE)  # in libpq's `options`
 SSLMODES = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
 SSLMODES |= {"no-verify": "require"}  # as libpq's require
-PLACEHOLDER = re.compile(r"\[.*\]|<.*>|\*+|\$\{.*\}|your[-_ ]?password", re.IGNORECASE)
+# [YOUR-PASSWORD], <password>, ${PASSWORD}, YOUR_PASSWORD, ****, and nothing else around it.
+PLACEHOLDER = re.compile(r"(?i)[\[<][\w -]*password[\]>]|\$\{\w+\}|your[-_ ]?password|\*{3,}")
 DEFAULTS = {"connect_timeout": "3", "keepalives_idle": "30"}
 MALFORMED = (
     "DATABASE_URL is not of the form postgresql://user:password@host/database: write @ in a name"
@@ -39,13 +41,15 @@ def connection_string(database_url: str, schema: str) -> str:
     text = pasted[2].strip() if pasted else ""
     if not text:
         raise SystemExit("DATABASE_URL is not set: the service needs a PostgreSQL database")
-    for path in SEARCH_PATH.findall(unquote(text)):
-        if {name.strip("\"'\\ ") for name in path.split(",")} - {"public", "$user", schema}:
-            raise SystemExit(f"DATABASE_URL asks for the schema {path}: the tables are in {schema}")
+    uri, dropped = uri_for_libpq(text) if "://" in text else (text, {})
     try:
-        given = conninfo.conninfo_to_dict(uri_for_libpq(text) if "://" in text else text)
+        given = conninfo.conninfo_to_dict(uri)
     except psycopg.ProgrammingError:
         raise SystemExit(MALFORMED) from None
+    paths = [unquote(value) for name, value in dropped.items() if name.lower() in SCHEMAS]
+    for path in paths + SEARCH_PATH.findall(str(given.get("options"))):
+        if {name.strip("\"'\\ ") for name in path.split(",")} - {"public", "$user", schema}:
+            raise SystemExit(f"DATABASE_URL asks for the schema {path}: the tables are in {schema}")
     if not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):
         raise SystemExit(f"{MALFORMED}. Its port is not a number")
     if PLACEHOLDER.fullmatch(str(given.get("password", ""))):
@@ -54,8 +58,8 @@ def connection_string(database_url: str, schema: str) -> str:
     return conninfo.make_conninfo("", **defaults | given | {"client_encoding": "utf8"})
 
 
-def uri_for_libpq(uri: str) -> str:
-    """A URI that has libpq's scheme and parameters only. Raises SystemExit."""
+def uri_for_libpq(uri: str) -> tuple[str, dict[str, str]]:
+    """A URI that has libpq's scheme and parameters only, and those dropped. Raises SystemExit."""
     scheme = SCHEME.match(uri)
     if not scheme:
         raise SystemExit("DATABASE_URL is not of PostgreSQL: it begins with postgresql://")
@@ -63,18 +67,16 @@ def uri_for_libpq(uri: str) -> str:
     if not parts:  # an @ or a slash in a name or a password
         raise SystemExit(MALFORMED)
     place, query = parts.groups("")
-    given = {}
-    for each in filter(None, query.split("&")):
-        name, equals, value = each.partition("=")
-        given[name] = value
-        if not equals:  # a part of a password with & in it
-            raise SystemExit(f"{MALFORMED}, and & as %26")
-    if "ssl" in given:  # the word of other drivers, which does not weaken libpq's
+    parameters = [each.partition("=") for each in query.split("&") if each]
+    if not all(equals for _, equals, _ in parameters):  # a part of a password with & in it
+        raise SystemExit(f"{MALFORMED}, and & as %26")
+    given = {name: value for name, _, value in parameters}
+    if "ssl" in given:  # which does not weaken libpq's word
         given.setdefault("sslmode", given.pop("ssl"))
     if mode := given.get("sslmode"):
         given["sslmode"] = SSLMODES.get(mode, mode)
-    for name in given.keys() - LIBPQ:
-        if not HARMLESS.search(name):
-            raise SystemExit(f"DATABASE_URL has an unknown parameter, remove it: {name}")
-    kept = "&".join(f"{name}={given[name]}" for name in given.keys() & LIBPQ)
-    return f"postgresql://{place}?{kept}"
+    dropped = {name: given.pop(name) for name in given.keys() - LIBPQ}
+    if unknown := {name for name in dropped if not HARMLESS.search(name)}:
+        raise SystemExit(f"DATABASE_URL has an unknown parameter, remove it: {min(unknown)}")
+    query = "&".join(f"{name}={value}" for name, value in given.items())
+    return f"postgresql://{place}?{query}", dropped
