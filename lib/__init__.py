@@ -32,6 +32,5 @@ The start, and documents:
     connect_errors which errors of a connection waiting cures
     openapi      completes FastAPI's document
     pages        Swagger UI and ReDoc without a CDN
-    develop      `python main.py`
-    embedded     the PostgreSQL that pip installs
+    develop      `python main.py`, and the PostgreSQL that pip installs
 """

@@ -1,6 +1,8 @@
-"""Tells whether waiting cures an error of a connection.
+"""Tells whether waiting cures an error of connecting.
 
 What is not listed here is waited for: DNS may know a name only when the database has started.
+PostgreSQL's errors are in many languages, so they are known by SQLSTATE. libpq shows the one of a
+refused connection in its trace only, so it is opened once more by hand: psycopg does not trace.
 """
 
 import asyncio
@@ -15,10 +17,10 @@ from psycopg.pq import PGconn, PollingStatus
 HOPELESS_STATES = ("0A", "22", "28", "3D", "42", "55000")
 # libpq has no codes, and poolers send 08P01 or XX000 for everything. Their words are English.
 HOPELESS_WORDS = re.compile(
-    r"certificate|private key|not support SSL|invalid |no password|channel binding"
-    r"|authentication (failed|method|request)"
+    r"certificate|private key|not support SSL|invalid |channel binding"
+    r"|authentication (failed|method)"
     r"|no such (database|user)"  # PgBouncer
-    r"|not (be )?found|not specified|is disabled"  # Supabase, Neon
+    r"|not (be )?found|disabled"  # Supabase, Neon
 )
 NAMES = re.compile(r"\"[^\"]*\"|'[^']*'")  # of hosts, files and the like
 
@@ -27,22 +29,20 @@ class NotReady(Exception):
     """The service cannot start. The argument is one line for its operator."""
 
 
-async def explain(error: psycopg.OperationalError, conninfo: str) -> str:
-    """One line about an error. Raises NotReady with it where waiting does not help."""
+async def explain(error: psycopg.Error, conninfo: str) -> str:
+    """One line about a failure to connect. Raises NotReady with it where waiting does not help."""
     lines = str(error).splitlines() or [type(error).__name__]
     # DETAIL and HINT follow the line that counts. Of several addresses one may have a server.
     line = next((line for line in lines if re.search("FATAL|ERROR", line)), lines[0])
-    text = f"DATABASE_URL does not work: {line}"
-    sqlstate = error.sqlstate
-    if not sqlstate:  # there was no connection
-        sqlstate = await asyncio.to_thread(sqlstate_of_connecting, conninfo)
-    if sqlstate.startswith(HOPELESS_STATES) or HOPELESS_WORDS.search(NAMES.sub("", line)):
-        raise NotReady(text) from None
-    return text
+    sqlstate = await asyncio.to_thread(sqlstate_of_connecting, conninfo)
+    is_hopeless = sqlstate.startswith(HOPELESS_STATES) or HOPELESS_WORDS.search(NAMES.sub("", line))
+    if is_hopeless or (error.pgconn and error.pgconn.needs_password):
+        raise NotReady(f"DATABASE_URL does not work, correct it: {line}") from None
+    return f"DATABASE_URL does not work: {line}"
 
 
 def sqlstate_of_connecting(conninfo: str) -> str:
-    """The SQLSTATE of a refused connection, or "": libpq has it in its trace only. Blocks."""
+    """The SQLSTATE of a refused connection, or "" if there is none. Blocks."""
     if not hasattr(os, "memfd_create"):  # psycopg traces on Linux only
         return ""
     with os.fdopen(os.memfd_create("trace"), "rb") as trace:

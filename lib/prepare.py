@@ -2,9 +2,10 @@
 
     await prepare_database(conninfo, Path("schema.sql"), "todo.tasks", STATEMENTS)
 
-A start is one transaction, so that one that fails leaves the database as it was. It is tried again
+An attempt is one transaction, so that one that fails leaves the database as it was. It is repeated
 while waiting may help, until STARTUP_TIMEOUT is over. A migration that has begun has no limit of
-time: one that was ended would begin again with the next start.
+time: one that was ended would begin again with the next start. A table's comment lists the SHA-256
+of each schema that was applied, because a role that owns its tables may not make another one.
 """
 
 import asyncio
@@ -13,10 +14,11 @@ import logging
 import os
 import re
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, AsyncRawCursor, IsolationLevel, errors
+from psycopg import AsyncConnection, AsyncRawCursor, IsolationLevel, errors, sql
 
 from lib.connect_errors import NotReady, explain
 from pgpipeline import Statement
@@ -24,13 +26,16 @@ from pgpipeline import Statement
 STARTUP_TIMEOUT = 30.0  # seconds that a start may wait
 QUIET = 3.0  # seconds after which it logs what it waits for
 
+WAITING = "the start waits for a lock, or for a pooler without a free connection"
+APPLYING = "the schema is being applied"  # without a limit of time
+
 # An ALTER that waits for a lock stops every session behind it, so it waits for 2 s at a time. One
 # that runs may take longer than the statement_timeout of a role or a database.
 LOCK = """
 SELECT set_config('lock_timeout', '2s', true), set_config('statement_timeout', '0', true),
     set_config('search_path', 'pg_catalog', true), pg_advisory_xact_lock(hashtext(%s))
 """
-APPLIED = "SELECT coalesce(obj_description(to_regclass(%s), 'pg_class'), '')"
+COMMENT = "SELECT coalesce(obj_description(to_regclass(%s), 'pg_class'), '')"
 SESSION = """
 SELECT pg_backend_pid(), current_setting('server_encoding'), current_setting('TimeZone'),
     current_setting('DateStyle')
@@ -48,7 +53,7 @@ SELECT privilege || ' on ' || nspname || '.' || relname
     || CASE WHEN row_security_active(pg_class.oid) THEN ' by a policy' ELSE '' END
 FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace,
     unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege
-WHERE nspname = %(schema)s AND nspname || '.' || relname = ANY (%(tables)s)
+WHERE nspname || '.' || relname = ANY (%(tables)s)
     AND (privilege = 'SELECT' OR NOT current_setting('transaction_read_only')::boolean)
     AND (NOT has_table_privilege(pg_class.oid, privilege)
         OR row_security_active(pg_class.oid) AND NOT EXISTS (
@@ -68,33 +73,27 @@ async def prepare_database(
 ) -> None:
     """Applies a schema that was not applied before, and checks every statement. Raises NotReady.
 
-    `table` (schema.name) is one that it makes, and whose comment lists the SHA-256 of each applied.
+    `table` (schema.name) is one that it makes, and has the comment.
     """
     # libpq asks for these as it connects, and has no parameter for them. Poolers refuse `options`,
     # and what SET has set would stay for their next client.
     os.environ["PGTZ"], os.environ["PGDATESTYLE"] = "UTC", "ISO"
-    start = Start(conninfo, schema.read_bytes(), table, statements)  # noqa: ASYNC240
-    task = asyncio.create_task(start.run())
-    report = asyncio.get_running_loop().call_later(QUIET, start.report)
-    try:
-        async with start.timeout:
-            await asyncio.shield(task)
-    except TimeoutError:
-        raise NotReady(f"no database after {STARTUP_TIMEOUT:.0f} seconds: {start.state}") from None
-    finally:
-        report.cancel()
-        task.cancel()  # and not awaited: psycopg would wait for an answer to its own cancellation
+    start, deadline = Start(conninfo, schema, table, statements), monotonic() + STARTUP_TIMEOUT
+    while monotonic() < deadline:
+        if await start.attempt(deadline):
+            return
+        start.report()
+        await asyncio.sleep(0.5)
+    raise NotReady(f"not ready after {STARTUP_TIMEOUT:.0f} seconds: {start.state}")
 
 
 class Start:
     """A start: `state` is what it does or waits for, or why the last attempt failed."""
 
-    state = "the start waits for a connection"
-
-    def __init__(self, conninfo: str, schema: bytes, table: str, statements: list[Statement]):
-        self.conninfo, self.schema, self.table = conninfo, schema, table
-        self.statements, self.reported = statements, set[str]()
-        self.timeout = asyncio.timeout(STARTUP_TIMEOUT)
+    def __init__(self, conninfo: str, schema: Path, table: str, statements: list[Statement]):
+        self.conninfo, self.table, self.statements = conninfo, table, statements
+        self.schema, self.reported = schema.read_bytes(), set[str]()
+        self.state = "the start waits for a connection"
 
     def report(self, level: int = logging.WARNING) -> None:
         """Logs the state, and one that comes again and again once."""
@@ -102,24 +101,30 @@ class Start:
             log.log(level, "%s", self.state)
         self.reported.add(self.state)
 
-    async def run(self) -> None:
-        deadline = self.timeout.when()
-        while True:
-            try:
-                return await self.attempt()
-            except errors.LockNotAvailable:
-                self.state = "the start waits for a lock on a table, or for another instance"
-            except psycopg.OperationalError as error:
-                self.state = await explain(error, self.conninfo)
-            except psycopg.Error as error:
-                raise NotReady(f"the schema is not valid: {error.diag.message_primary}") from None
-            self.timeout.reschedule(deadline)  # apply() lifts it. One in the past ends the start
+    async def attempt(self, deadline: float) -> bool:
+        """Whether one succeeded by the deadline of monotonic(). NotReady if another fails too."""
+        task = asyncio.create_task(self.prepare())
+        await asyncio.wait([task], timeout=min(QUIET, deadline - monotonic()))
+        if not task.done():
             self.report()
-            await asyncio.sleep(0.5)
+            await asyncio.wait([task], timeout=deadline - monotonic())
+        if not task.done() and self.state != APPLYING:
+            task.cancel()  # and not awaited: psycopg would wait for an answer to its cancellation
+            return False
+        try:
+            await task
+            return True
+        except errors.LockNotAvailable:
+            self.state = "the start waits for a lock on a table, or for another instance"
+        except psycopg.OperationalError as error:  # a deadlock, a full disk, or no connection
+            self.state = error.diag.message_primary or await explain(error, self.conninfo)
+        except psycopg.Error as error:
+            raise NotReady(f"{self.state}: {error.diag.message_primary or error}") from None
+        return False
 
-    async def attempt(self) -> None:
+    async def prepare(self) -> None:
         async with await AsyncConnection.connect(self.conninfo, autocommit=True) as connection:
-            self.state = "the start waits for a lock, or for a pooler without a free connection"
+            self.state = WAITING
             await check_session(connection, self.conninfo)
             # A stricter level would not see what another instance has applied under the lock.
             await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
@@ -136,20 +141,19 @@ class Start:
         digest = hashlib.sha256(self.schema).hexdigest()
         try:
             async with connection.transaction():
-                [(comment,)] = await fetch(connection, APPLIED, [self.table])
-                digests = re.findall("[0-9a-f]{64}", comment)
-                if digest in digests:  # if it is not the last one, a newer release has followed
+                [(comment,)] = await fetch(connection, COMMENT, [self.table])
+                if digest in comment:  # if it is not the last one, a newer release has followed
                     return False
-                self.timeout.reschedule(None)
-                self.state = "the schema is being applied"
+                self.state = APPLYING
                 self.report(logging.INFO)
                 await connection.execute(self.schema)
-                text = f"COMMENT ON TABLE {self.table} IS '{' '.join([*digests, digest])}'"
-                await connection.execute(text.encode())
+                [(comment,)] = await fetch(connection, COMMENT, [self.table])  # it may have moved
+                table, text = sql.Identifier(*self.table.split(".")), f"{comment} {digest}".strip()
+                await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, text))
+                return True
         except (errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction) as error:
             log.warning("the schema was not applied: %s", error.diag.message_primary)
             return False
-        return True
 
 
 # Checks. Each raises NotReady with one line about what is wrong.
@@ -180,11 +184,7 @@ async def check_pooler(connection: Connection, conninfo: str) -> None:
     there is one. It knows none of the first one's statements.
     """
     try:
-        other = await AsyncConnection.connect(conninfo)
-    except psycopg.OperationalError:  # the pooler lets one client in: it has nothing to mix up
-        return
-    try:
-        async with other:
+        async with await AsyncConnection.connect(conninfo) as other:
             await connection.execute("SELECT 1", prepare=True)
             await other.execute("SELECT 1")
             again = asyncio.create_task(connection.execute("SELECT 1", prepare=True))
@@ -194,6 +194,8 @@ async def check_pooler(connection: Connection, conninfo: str) -> None:
     except (errors.InvalidSqlStatementName, errors.DuplicatePreparedStatement):
         text = "a pooler that mixes up prepared statements: PgBouncer needs to be 1.21 or newer"
         raise NotReady(f"DATABASE_URL leads to {text}, with max_prepared_statements") from None
+    except psycopg.OperationalError:  # the pooler lets one client in: it has nothing to mix up
+        return
 
 
 async def check_privileges(connection: Connection, table: str, statements: list[Statement]) -> None:

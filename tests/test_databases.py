@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -36,10 +37,10 @@ def prepared(url: str, *statements: Statement, schema: Path = SCHEMA) -> None:
     asyncio.run(prepare_database(connection_string(url, "todo"), schema, "todo.tasks", given))
 
 
-def refusal(url: str, *statements: Statement) -> str:
+def refusal(url: str, *statements: Statement, schema: Path = SCHEMA) -> str:
     """The line with which a start on this database ends."""
     with pytest.raises(NotReady) as raised:
-        prepared(url, *statements)
+        prepared(url, *statements, schema=schema)
     [line] = str(raised.value).splitlines()
     return line
 
@@ -201,6 +202,14 @@ def test_a_read_only_database_serves_reads(empty: str, tmp_path: Path) -> None:
 # What a start leaves behind.
 
 
+def test_words_of_others_in_the_comment_that_lists_schemas_stay(empty: str) -> None:
+    prepared(empty)
+    execute(empty, r"COMMENT ON TABLE todo.tasks IS 'Ann''s, \ not to be dropped'")
+    prepared(empty)
+    words = query(empty, "SELECT obj_description('todo.tasks'::regclass)")[0][0]
+    assert re.fullmatch(r"Ann's, \\ not to be dropped [0-9a-f]{64}", words)
+
+
 @parametrize("text", ["SELECT nothing FROM todo.tasks", "SELECT id FROM tasks"])
 def test_a_start_that_fails_leaves_the_database_as_it_was(empty: str, text: str) -> None:
     execute(empty, (HERE / "tests/schema_1_0.sql").read_text())
@@ -285,6 +294,12 @@ def test_a_database_url_is_taken_as_people_have_it(given: str) -> None:
     assert found["client_encoding"] == "utf8"
 
 
+@parametrize("password", ["p&schema=x", "[k3]", "my-password-1", "not your password", "<>"])
+def test_a_password_that_reads_like_something_else_is_a_password(password: str) -> None:
+    given = f"postgresql://u:{quote(password)}@your-password.example/d"
+    assert conninfo_to_dict(connection_string(given, "todo"))["password"] == password
+
+
 @parametrize("other", ["ssl=true", "ssl=0"])
 def test_another_drivers_word_for_tls_does_not_weaken_sslmode(other: str) -> None:
     for query in (f"sslmode=verify-full&{other}", f"{other}&sslmode=verify-full"):
@@ -299,7 +314,7 @@ def test_another_drivers_word_for_tls_does_not_weaken_sslmode(other: str) -> Non
         ("postgresql://u:100%hunter2@h/d", "%25"), ("postgresql://u:hun ter2@h/d", "form"),
         ("u:hunter2@h/d", "form"), ("hunter2", "form"), ("mysql://u:hunter2@h/d", "PostgreSQL"),
         ("https://hunter2.supabase.co", "PostgreSQL"),
-        ("postgresql://u:[hunter2]@h/d", "placeholder"),
+        ("postgresql://u:[YOUR-PASSWORD]@h/d", "placeholder"),
         ("postgresql://u:****@h/d", "placeholder"), ("postgresql://u:p@h:hunter2/d", "port"),
         (f"{WORKS}?Schema=other", "schema other"), (f"{WORKS}?search_path=other", "schema other"),
         (f"{WORKS}?options=-c%20search_path%3Dother", "schema other"),
@@ -345,7 +360,7 @@ def fake_server(sqlstate: str, message: str, tls: bytes = b"N") -> str:
 @parametrize("sqlstate", ["28P01", "28000", "3D000", "42501", "55000"])
 def test_an_error_that_waiting_does_not_cure_ends_the_start_in_any_language(sqlstate: str) -> None:
     line = refusal(fake_server(sqlstate, "доступ запрещён"))
-    assert line.startswith("DATABASE_URL does not work: ")  # and not that 30 seconds are over
+    assert line.startswith("DATABASE_URL does not work, correct it: ")  # at once
     assert line.endswith("ВАЖНО:  доступ запрещён")
 
 
@@ -356,7 +371,7 @@ def test_an_error_that_waiting_cures_is_waited_for(
     monkeypatch.setattr(prepare, "STARTUP_TIMEOUT", 2.0)
     url = fake_server("57P03", "система баз данных запускается")
     line = refusal(f"postgresql://u@{host}/d" if host else url)
-    assert line.startswith("no database after 2 seconds: DATABASE_URL does not work: ")
+    assert line.startswith("not ready after 2 seconds: DATABASE_URL does not work: ")
     assert host in line
 
 
@@ -378,7 +393,7 @@ def test_tls_that_cannot_work_ends_the_start_at_once(
     tls: bytes, parameters: str, words: str
 ) -> None:
     line = refusal(f"{fake_server('57P03', 'x', tls)}?{parameters}")
-    assert line.startswith("DATABASE_URL does not work: ")  # and not that 30 seconds are over
+    assert line.startswith("DATABASE_URL does not work, correct it: ")  # at once
     assert words in line
 
 
@@ -428,7 +443,25 @@ def test_a_lock_that_nobody_releases_ends_the_start(
     with psycopg.connect(by_hand) as other:
         other.execute("LOCK TABLE todo.tasks")
         line = refusal(by_hand)
-    assert line.startswith("no database after 1 seconds: the start waits for a lock on a table")
+    assert line.startswith("not ready after 1 seconds: the start waits for a lock on a table")
+
+
+@parametrize(
+    ("sqlstate", "said"),
+    [
+        ("40P01", "not ready after 1 seconds: it happened"),
+        ("53100", "not ready after 1 seconds: it happened"),
+        ("23514", "the schema is being applied: it happened"),
+    ],
+)
+def test_a_migration_that_fails_is_told_as_what_happened(
+    empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sqlstate: str, said: str
+) -> None:
+    monkeypatch.setattr(prepare, "STARTUP_TIMEOUT", 1.0)
+    schema = tmp_path / "schema.sql"
+    error = f"RAISE 'it happened' USING ERRCODE = '{sqlstate}', DETAIL = 'in detail'"
+    schema.write_text(f"{SCHEMA.read_text()}DO $$ BEGIN {error}; END $$;")
+    assert refusal(empty, schema=schema) == said
 
 
 @pytest.mark.slow

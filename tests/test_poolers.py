@@ -28,7 +28,7 @@ def test_a_database_that_the_pooler_does_not_know_stops_the_start_at_once(
     with pgbouncer(database, tmp_path, tracks=0) as url:
         ended = start(url.replace("/todo_test", "/nowhere"))
     *_, last = (ended.stdout + ended.stderr).splitlines()
-    assert '"DATABASE_URL does not work: ' in last
+    assert '"DATABASE_URL does not work, correct it: ' in last
     assert "no such database: nowhere" in last
 
 
