@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 Calls = dict[Any, "Call"]  # by function
 JSON_TYPE = re.compile(rb"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 SINGLE = {"string", "integer", "number", "boolean", "null"}  # JSON Schema's types of one value
-# What a Call does with a Dependant of FastAPI 0.165, or need not do. No other field may be set.
+# What a Call heeds of a Dependant, read in FastAPI 0.165, or need not heed. No other may be set.
 KNOWN = {"path_params", "query_params", "header_params", "body_params", "dependencies", "call",
     "name", "request_param_name", "path", "scope", "use_cache"}  # fmt: skip
 
@@ -75,13 +75,13 @@ def prepare(route: Any) -> Calls | None:
     try:
         tree = walk(route.dependant) if is_plain(route) else ()
         return {each.call: Call(each) for each in tree} or None
-    except Exception:  # unforeseen, as after an upgrade of FastAPI, which may not stop the start
+    except Exception:  # FastAPI has changed, it seems: an upgrade may not stop the start
         log.warning("Left to FastAPI, which is slower: %s", route, exc_info=True)
         return None
 
 
 def is_plain(route: Any) -> bool:
-    """Whether a route is annotated to return a Response, and takes no more than a JSON body."""
+    """Whether a route is annotated to return a Response, and takes no more than Calls do."""
     if type(route) is not APIRoute or ":" in route.path or route.max_body_size:  # ":" converts
         return False
     returned = signature(route.endpoint, eval_str=True).return_annotation
