@@ -67,7 +67,7 @@ HEADS = {
     "a-long-target": (414, b"GET /", b"x"),
     "many-trailers": (431, TRAILER, b"A: b\r\n"),
     "a-long-trailer": (431, TRAILER + b"A: ", b"x"),
-    "a-chunk-extension": (431, TRAILER.replace(b"0\r\n", b"0;"), b"x"),
+    "a-chunk-extension": (431, TRAILER.removesuffix(b"\r\n") + b";", b"x"),
 }
 
 
