@@ -43,10 +43,8 @@ def is_shutdown(result: PGresult) -> bool:
 
 
 def is_outdated(error: postgres.Error) -> bool:
-    """Whether a table's columns have changed since the statement was prepared.
-
-    It is 0A000, as whatever PostgreSQL cannot do, and told from that by the function it comes from.
-    """
+    """Whether a table's columns have changed since the statement was prepared. That is 0A000, as
+    whatever PostgreSQL cannot do, but it comes from this function."""
     return error.diag.source_function == "RevalidateCachedQuery"
 
 

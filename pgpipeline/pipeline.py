@@ -235,8 +235,10 @@ class Pipeline:
             self.connection.prepared.discard(query.sent_by_name)
         if errors.is_outdated(reason) and query.sent_by_name == statement.prepared_name:
             statement.renew()  # once, though many queries under way were sent by the old name
-        if isinstance(reason, postgres.QueryCanceled):  # if not by us, by statement_timeout
-            may_retry = self.is_cancelling and not query.cancelled_at  # it was meant for another
+        if isinstance(reason, postgres.QueryCanceled):
+            # By a cancellation that came too late for another query, if one is on its way. If not,
+            # it was meant for this query, or PostgreSQL's statement_timeout is over.
+            may_retry = self.is_cancelling and not query.cancelled_at
             self.is_cancelling = False
         if isinstance(reason, postgres.ReadOnlySqlTransaction):
             self.refuse(query, error)
@@ -285,7 +287,7 @@ class Pipeline:
 
     def is_due(self, now: float) -> bool:
         """Whether the connection is idle, was held for long, or is wanted by somebody else."""
-        # Of those who wait, as many do not count: they are this pool's own, or get one soon.
+        # Who waits may be an ACQUIRING pipeline, or get what a DRAINING one releases soon.
         inactive = sum(each.state is not State.ACTIVE for each in self.pool.pipelines)
         is_wanted = self.pool.connections.get_stats()["requests_waiting"] > inactive
         is_idle = not self.sent and now - self.waiting_since > SLOW

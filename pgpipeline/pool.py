@@ -124,12 +124,11 @@ class PipelinePool:
             pipeline = min(pipelines, key=lambda pipeline: len(pipeline.sent))
             if len(pipeline.sent) >= self.depth:
                 return
-            is_active = (
-                pipeline.state is State.ACTIVE
-            )  # a send() may have found its connection lost
-            if is_active and (query := self.queue.take(pipeline, serves)):
+            if pipeline.state is not State.ACTIVE:  # send() has found that its connection is lost
+                pipelines.remove(pipeline)
+            elif query := self.queue.take(pipeline, serves):
                 pipeline.send(query)
-            else:  # another pipeline may still take one, by rule 4
+            else:  # by rule 4 another pipeline may still take one
                 pipelines.remove(pipeline)
 
     def open_pipeline(self) -> None:

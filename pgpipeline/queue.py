@@ -26,7 +26,7 @@ Serves = Literal["all", "slow", "quick"]  # the tenants whose queries a pipeline
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """Whose queries wait in one line, and where others of them are under way."""
+    """Somebody with queries: those that wait in line, and those that are under way."""
 
     name: str
     line: "deque[Query]" = field(default_factory=deque)
@@ -66,9 +66,9 @@ class Queue:
         self.size = size
         self.tenants: dict[str, Tenant] = {}  # that have queries, or are slow
         self.waiting: set[Query] = set()
-        self.turns: list[Tenant] = []  # whose queries wait, by the first place of each line
+        self.turns: list[Tenant] = []  # whose line is not empty, sorted by its first_place()
         self.slow: dict[Tenant, float] = {}  # until when, on the clock of time.monotonic()
-        self.next_place = 0
+        self.next_place = 0  # of a tenant without queries; never before one that was sent
 
     # Queries that come, and queries that leave without having been sent...
 

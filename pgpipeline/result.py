@@ -55,9 +55,12 @@ ENCODERS |= {oid: array_of(ENCODERS.get(element, encode_basestring))
 
 
 @lru_cache(maxsize=1000)
-def member(name: str, oid: int) -> tuple[str, Encoder]:
-    """The key of a column in a JSON object, and the encoder of its values."""
-    return encode_basestring(name) + ":", ENCODERS.get(oid, encode_basestring)
+def members_of(columns: tuple[tuple[str, int], ...]) -> list[tuple[str, Encoder]]:
+    """For each column, a name and a type's oid, the key and the encoder of its values."""
+    return [
+        (encode_basestring(name) + ":", ENCODERS.get(oid, encode_basestring))
+        for name, oid in columns
+    ]
 
 
 class Result:
@@ -71,7 +74,6 @@ class Result:
     def __init__(self, result: PGresult) -> None:
         """Reads a libpq result."""
         numbers, value = range(result.nfields), result.get_value
-        # Each with its name, and the oid of its type.
         self.columns = [((result.fname(n) or b"").decode(), result.ftype(n)) for n in numbers]
         self.rows: list[Row] = [
             tuple([value(r, n) for n in numbers]) for r in range(result.ntuples)
@@ -85,7 +87,7 @@ class Result:
 
     def json(self, row: int = 0, stop: int | None = None) -> bytes:
         """A row as a JSON object in UTF-8, of its columns up to the number `stop`."""
-        columns = [member(*column) for column in self.columns[:stop]]
+        columns = members_of(tuple(self.columns[:stop]))
         members = [
             key + ("null" if value is None else encode(value.decode()))
             for (key, encode), value in zip(columns, self.rows[row], strict=False)
