@@ -118,12 +118,14 @@ def validator(dependant: Any, *places: str) -> Any:
     for place in places:
         for param in getattr(dependant, f"{place}_params"):
             info: Any = param.field_info  # has the bounds and the default
-            names = getattr(info.validation_alias, "choices", [info.validation_alias or param.name])
+            alias = info.validation_alias or param.name
+            names = getattr(alias, "choices", [alias])
             # A body is all that came in its place, whatever its name.
             paths = [AliasPath(place)] if place == "body" else [AliasPath(place, n) for n in names]
             kind = Annotated[info.annotation, info, Field(validation_alias=AliasChoices(*paths))]
             hints[param.name] = kind if info.is_required() else NotRequired[kind]
-    return TypeAdapter(TypedDict("Arguments", hints)).validator if hints else None  # type: ignore
+    arguments: Any = TypedDict("Arguments", hints)  # type: ignore[misc]  # mypy wants the keys
+    return TypeAdapter(arguments).validator if hints else None
 
 
 class Call:
