@@ -10,7 +10,7 @@ Calls, the endpoint's the last, and a Call has one pydantic validator for all it
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from dataclasses import fields
 from inspect import iscoroutinefunction, signature
 from itertools import takewhile
@@ -46,7 +46,7 @@ class PreparedRoutes:
         self.app = app
         self.routes: dict[str, list[tuple[Route, Calls | None]]] = {}  # by method
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "lifespan":  # the start, when the app has all its routes
             # A mount or a router may answer for the routes after it: they are FastAPI's too.
             for route in takewhile(lambda each: isinstance(each, Route), scope["app"].routes):
@@ -55,9 +55,8 @@ class PreparedRoutes:
                     self.routes.setdefault(method, []).append((route, calls))
         calls = self.find(scope) if scope["type"] == "http" else None
         if calls is None:
-            return await self.app(scope, receive, send)
-        response = await run(calls, Request(scope, receive, send))
-        await response(scope, receive, send)
+            return self.app(scope, receive, send)
+        return run(calls, scope, receive, send)
 
     def find(self, scope: Scope) -> Calls | None:
         app, path = scope["app"], scope["path"]
@@ -143,9 +142,9 @@ class Call:
         self.headers = [(each.lower().encode(), each) for each in aliases]  # as sent, as declared
 
 
-async def run(calls: Calls, request: Request) -> Response:
-    """What the last Call returns. Raises RequestValidationError with what all of them refuse."""
-    scope, here = request.scope, state_of(request.scope).headers
+async def run(calls: Calls, scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends what the last Call returns, or raises RequestValidationError with what all refuse."""
+    request, here = Request(scope, receive, send), state_of(scope).headers
     query = scope["query_string"].decode("latin-1")
     found = dict(parse_qsl(query, keep_blank_values=True)) if query else {}  # the last of a name
     sent = {"path": scope["path_params"], "query": found}
@@ -168,7 +167,7 @@ async def run(calls: Calls, request: Request) -> Response:
             results[function] = await function(**arguments)
     if errors:
         raise RequestValidationError(errors)
-    return results[function]  # type: ignore[no-any-return]
+    await results[function](scope, receive, send)
 
 
 async def read_json(request: Request) -> dict[str, Any]:
