@@ -23,7 +23,7 @@ SCHEMAS = {"schema", "currentschema", "search_path"}  # harmless where they name
 SEARCH_PATH = re.compile(r"search_path\s*=\s*(\S+)", re.IGNORECASE)  # in libpq's `options`
 SSLMODES = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
 SSLMODES |= {"no-verify": "require"}  # as libpq's require
-# [YOUR-PASSWORD], <password>, ${PASSWORD}, YOUR_PASSWORD, ****, and nothing else around it.
+# [YOUR-PASSWORD], <password>, ${PASSWORD}, YOUR_PASSWORD, ****
 PLACEHOLDER = re.compile(r"(?i)[\[<][\w -]*password[\]>]|\$\{\w+\}|your[-_ ]?password|\*{3,}")
 DEFAULTS = {"connect_timeout": "3", "keepalives_idle": "30"}
 MALFORMED = (
@@ -50,8 +50,9 @@ def connection_string(database_url: str, schema: str) -> str:
     for path in paths + SEARCH_PATH.findall(str(given.get("options"))):
         if {name.strip("\"'\\ ") for name in path.split(",")} - {"public", "$user", schema}:
             raise SystemExit(f"DATABASE_URL asks for the schema {path}: the tables are in {schema}")
-    if not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):
-        raise SystemExit(f"{MALFORMED}. Its port is not a number")
+    for name in ("port", "connect_timeout"):
+        if not re.fullmatch(r"[\d,]*", str(given.get(name, ""))):
+            raise SystemExit(f"{MALFORMED}. Its {name} is not a number")
     if PLACEHOLDER.fullmatch(str(given.get("password", ""))):
         raise SystemExit("DATABASE_URL has a placeholder in place of the password")
     defaults = DEFAULTS | {"application_name": schema}

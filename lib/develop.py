@@ -69,7 +69,7 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
 
 
 def listen(port: int) -> socket.socket:
-    """Takes the port before anything starts. Early requests wait in its queue."""
+    """Takes the port before anything starts, so that early requests wait."""
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:

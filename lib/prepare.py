@@ -73,7 +73,7 @@ async def prepare_database(
 ) -> None:
     """Applies a schema that was not applied before, and checks every statement. Raises NotReady.
 
-    `table` (schema.name) is one that it makes, and has the comment.
+    `table` (schema.name), which it makes, has the comment.
     """
     # libpq asks for these as it connects, and has no parameter for them. Poolers refuse `options`,
     # and what SET has set would stay for their next client.
@@ -93,7 +93,7 @@ class Start:
     def __init__(self, conninfo: str, schema: Path, table: str, statements: list[Statement]):
         self.conninfo, self.table, self.statements = conninfo, table, statements
         self.schema, self.reported = schema.read_bytes(), set[str]()
-        self.state = "the start waits for a connection"
+        self.state, self.refusal = "the start waits for a connection", ""
 
     def report(self, level: int = logging.WARNING) -> None:
         """Logs the state, and one that comes again and again once."""
@@ -132,7 +132,8 @@ class Start:
                 await connection.execute(LOCK, [self.table])
                 applied = await self.apply(connection)
                 await check_privileges(connection, self.table, self.statements)
-                await check_statements(connection, self.statements)
+                for each in self.statements:
+                    await check_statement(connection, each, self.refusal)
             if applied:
                 log.info("schema applied")
 
@@ -152,7 +153,9 @@ class Start:
                 await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, text))
                 return True
         except (errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction) as error:
-            log.warning("the schema was not applied: %s", error.diag.message_primary)
+            reason = f"the schema was not applied: {error.diag.message_primary}"
+            log.warning("%s", reason)
+            self.refusal = f"; {reason}"
             return False
 
 
@@ -207,18 +210,17 @@ async def check_privileges(connection: Connection, table: str, statements: list[
         raise NotReady(f"{role} {', '.join(missing)}: see docs/DATABASES.md")
 
 
-async def check_statements(connection: Connection, statements: list[Statement]) -> None:
-    """A table, a column or a unique index that a statement needs and the schema lacks.
+async def check_statement(connection: Connection, statement: Statement, refusal: str) -> None:
+    """A table, a column or a unique index that it needs and the schema lacks.
 
     EXPLAIN plans a statement and does not run it. PREPARE would not look for the index.
     """
-    for each in statements:
-        try:
-            async with connection.transaction():
-                nulls = [None] * len(each.parameters)
-                await AsyncRawCursor(connection).execute(b"EXPLAIN " + each.text, nulls)
-        except (errors.InsufficientPrivilege, psycopg.DataError):
-            continue  # planned: a role may only read, and Citus wants a value for a shard's column
-        except psycopg.ProgrammingError as error:
-            text = f"{each.name}: {error.diag.message_primary}"
-            raise NotReady(f"the schema does not fit this release: {text}") from None
+    try:
+        async with connection.transaction():
+            nulls = [None] * len(statement.parameters)
+            await AsyncRawCursor(connection).execute(b"EXPLAIN " + statement.text, nulls)
+    except (errors.InsufficientPrivilege, psycopg.DataError):
+        pass  # planned: a role may only read, and Citus wants a value for a shard's column
+    except psycopg.ProgrammingError as error:
+        text = f"the schema does not fit this release: {statement.name}"
+        raise NotReady(f"{text}: {error.diag.message_primary}{refusal}") from None

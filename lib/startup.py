@@ -30,7 +30,7 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
         try:
             async with AsyncExitStack() as stack:
                 stack.callback(logs.flush)  # uvicorn ends by a signal, which runs no exit handler
-                stack.push_async_callback(stop)  # also what a start had begun when it failed
+                stack.push_async_callback(stop)  # after a start that failed, too
                 with ended_by_signals() if is_main else nullcontext():
                     await start()
                 # What was made by now stays: not to walk through it saves a tenth of each request.

@@ -156,6 +156,12 @@ def test_a_role_that_may_only_change_rows_starts_on_a_schema_applied_by_hand(
         assert message == "the schema was not applied: permission denied for schema todo"
 
 
+def test_a_schema_that_may_not_be_applied_and_is_missing_is_one_line(empty: str) -> None:
+    with role(empty) as url:
+        line = refusal(url)
+    assert '"todo.tasks" does not exist; the schema was not applied: permission denied' in line
+
+
 def test_a_role_that_owns_the_schema_and_nothing_else_applies_it(empty: str) -> None:
     with role(empty, *lines_to_type("A database shared with others")) as url:
         prepared(url)
@@ -318,7 +324,8 @@ def test_another_drivers_word_for_tls_does_not_weaken_sslmode(other: str) -> Non
         ("postgresql://u:****@h/d", "placeholder"), ("postgresql://u:p@h:hunter2/d", "port"),
         (f"{WORKS}?Schema=other", "schema other"), (f"{WORKS}?search_path=other", "schema other"),
         (f"{WORKS}?options=-c%20search_path%3Dother", "schema other"),
-        (f"{WORKS}?sslmod=x", "sslmod"), (f"{WORKS}?password=ab&hunter2", "%26"),
+        (f"{WORKS}?sslmod=x", "sslmod"), (f"{WORKS}?connect_timeout=x", "connect_timeout"),
+         (f"{WORKS}?password=ab&hunter2", "%26"),
         ("  ", "not set"), ("''", "not set"),
     ],
 )  # fmt: skip
