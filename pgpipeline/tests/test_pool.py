@@ -307,19 +307,6 @@ async def test_nobody_is_sent_behind_a_tenant_who_is_known_to_be_slow(pool: Pipe
     await slow
 
 
-async def test_a_tenant_whose_queries_become_slow_leaves_a_pipeline_to_others(
-    pool: PipelinePool,
-) -> None:
-    with users(pool, "a", "SELECT 1", at_once=32):
-        await asyncio.sleep(0.3)
-        sql = "SELECT 1 FROM pg_sleep(0.8)"
-        slow = [asyncio.create_task(ask(pool, sql, "a")) for _ in range(32)]
-        await asyncio.sleep(0.05)
-        assert await seconds(pool, "SELECT 1", "bob") < 0.4
-    for query in slow:
-        query.cancel()
-
-
 @pytest.mark.parametrize("size", [2, 3])
 async def test_a_tenant_who_became_slow_does_not_take_the_pipeline_that_was_left(
     database: str, size: int
