@@ -1,17 +1,17 @@
-"""uvicorn's HTTP protocol, with bounds on what a client can make a connection hold, and how long.
+"""uvicorn's HTTP protocol, with bounds on what a client makes a connection hold, and how long.
 
 uvicorn sets no bounds, loses the body behind an Upgrade, and takes a trailer for headers.
 
-    state     what happens                     for how long
-    HEAD      a head is awaited, or read       HEAD_TIMEOUT, then close()
-    SERVING   the application has a request    as the application says
-    IDLE      all requests are answered        KEEP_ALIVE, then close()
-    REFUSED   what comes is thrown away        READ_TIMEOUT, then abort()
-    CLOSING   the client takes what was sent   READ_TIMEOUT, then abort()
-    any       more than UNREAD bytes wait      READ_TIMEOUT, then abort()
+    state    what happens                 for how long
+    HEAD     a head is awaited or read    HEAD_TIMEOUT, then close()
+    SERVING  a request is answered        as the application says
+    IDLE     all requests are answered    KEEP_ALIVE, then close()
+    REFUSED  what comes is thrown away    READ_TIMEOUT, then abort()
+    CLOSING  the client reads the rest    READ_TIMEOUT, then abort()
+    any      more than UNREAD bytes wait  READ_TIMEOUT, then abort()
 
-Read with uvicorn 0.54 and httptools 0.9. Of uvicorn it uses client, connections, cycle with its
-flags, flow, headers, parser, pipeline, scope, timeout_keep_alive_task, url and what is called here.
+Read with uvicorn 0.54 and httptools 0.9. Of uvicorn it uses client, connections, cycle with flags,
+flow, headers, parser, pipeline, scope, timeout_keep_alive_task, url and the methods that are here.
 """
 
 import resource
@@ -28,11 +28,11 @@ from lib.readers import Readers
 
 # Open connections, of 7 KB each. 64 file descriptors listen (lib/serve.py), 64 are for the rest.
 MAX_CONNECTIONS = min(5_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128)
-MAX_HEAD = 65_536  # bytes of a target with headers, or of a trailer. Behind others, twice as many
+MAX_HEAD = 65_536  # bytes of target and headers, or of a trailer. Behind others, twice as many
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
-HEAD_TIMEOUT = 10  # seconds for a head, from its first byte or from the connection's start
-UNREAD = 65_536  # bytes of a response that the kernel holds unsent; above, the client is watched
-READ_TIMEOUT = 60  # seconds to take a response, or a refusal
+HEAD_TIMEOUT = 10  # seconds for a head, from its first byte or the connection's start
+UNREAD = 65_536  # bytes of a response that the kernel holds unsent. Above, the client is watched
+READ_TIMEOUT = 60  # seconds to take a response or a refusal
 REFUSAL = b"content-length: 0\r\nconnection: close\r\n\r\n"
 NOTHING: Any = deque(maxlen=0)  # a list that drops what is appended
 
@@ -106,7 +106,7 @@ class Protocol(HttpToolsProtocol):
             self.start("head", HEAD_TIMEOUT, self.close)
 
     def _should_upgrade(self) -> bool:
-        """Makes uvicorn pass over an Upgrade: data_received() feeds its head again."""
+        """Lets uvicorn ignore the head of an Upgrade, which data_received() feeds again."""
         if self.scope["method"] == "CONNECT":  # an Upgrade, for the parser
             raise ValueError
         return True
@@ -125,10 +125,10 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError
+            raise ValueError  # data_received() refuses
         self.size = 0
         self.stop("head")
-        self.pipeline = (self.pipeline or deque()) if self.cycle else NOTHING  # 1 KB less
+        self.pipeline = (self.pipeline or deque()) if self.cycle else NOTHING  # saves 1 KB
         super().on_headers_complete()
         self.headers = NOTHING  # a trailer is no header (RFC 9110 section 6.5.1)
 
@@ -142,14 +142,14 @@ class Protocol(HttpToolsProtocol):
         self.stop("head")
         answered = cycle is None or cycle.response_complete
         if not answered and (self.pipeline or not cycle.more_body):
-            cycle.keep_alive = False
+            cycle.keep_alive = False  # uvicorn closes after it
             return
         if not answered:  # it is the body or the trailer of this request
             cycle.disconnected = True
             cycle.message_event.set()
         if answered or not cycle.response_started:
             self.transport.write(STATUS_LINE[status] + REFUSAL)
-        # To close would reset the connection of a client that still sends.
+        # To close, or to leave bytes unread, would reset a client that still sends.
         self.transport.write_eof()
         self.flow.resume_reading()
         self.start("last", READ_TIMEOUT, self.transport.abort)
@@ -159,7 +159,7 @@ class Protocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self.start("last", READ_TIMEOUT, self.transport.abort)
-        # A request that waits behind the answered one has no state yet.
+        # A request that waits behind others has no state yet.
         state = self.cycle.scope["state"].get("request") if self.cycle else None
         address = state.client if state else self.client[0] if self.client else ""
         self.readers.add(self.transport, (state and state.user_id) or networks(address)[0])
@@ -177,5 +177,5 @@ class Protocol(HttpToolsProtocol):
         elif self.cycle.response_complete and not self.cycle.more_body:  # no other waits
             if self.scope is not self.cycle.scope:  # the next head has begun
                 self.start("head", HEAD_TIMEOUT, self.close)
-            else:  # uvicorn would keep the scope until the next request, and with it the body
+            else:  # uvicorn keeps the request, with its body, until the next one
                 self.cycle, self.scope, self.url = None, None, b""  # type: ignore[assignment]

@@ -13,10 +13,7 @@ class Readers:
         self.clients: dict[Transport, str] = {}
 
     def add(self, transport: Transport, client: str) -> None:
-        """Notes a connection. May drop this or others, so that all hold MAX_UNREAD at most.
-
-        Of the client that holds most, the oldest connection is dropped: others' pages go on.
-        """
+        """Notes a connection. Beyond MAX_UNREAD, the client that holds most loses its oldest."""
         self.clients[transport] = client
         held = {each: each.get_write_buffer_size() for each in self.clients}
         while sum(held.values()) > MAX_UNREAD:

@@ -227,6 +227,7 @@ def test_a_log_that_nobody_reads_stops_no_request_and_its_lost_lines_are_counted
         (401, b"POST /tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"),
         (413, create(b"Content-Length: 200000")),
         (400, b"GET\r\n\r\n"),
+        (400, b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n"),
         (200, LAST),
         (200, b"GET /health HTTP/1.0\r\n\r\n"),
     ],
