@@ -429,8 +429,9 @@ def test_the_path_user_is_the_tokens_own_or_me(server: Server) -> None:
 
 @parametrize("call", [*CALLS, *LIST_CALLS])
 def test_anybody_elses_path_is_403(api: Client, task: Task, call: Call) -> None:
-    response = send(api, call, task["id"], root="/api/someone")
-    refusal(response, 403, "forbidden", "User identity mismatch")
+    for root in ("/api/someone", "/api/user", "/api/users", "/users/me2"):
+        response = send(api, call, task["id"], root=root)
+        refusal(response, 403, "forbidden", "User identity mismatch")
 
 
 @parametrize("alias", [*TODOS, *USERS])

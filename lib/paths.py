@@ -2,7 +2,7 @@
 
 /api/v1/…                                     for /api/…
 /api/tasks, /api/auth/…, /api/health          for /tasks, /auth/…, /health
-/users/{user}/tasks, /api/users/{user}/tasks  for /api/{user}/tasks; user like users
+/users/{user}/tasks, /api/users/{user}/tasks  for /api/{user}/tasks
 /todos, or another name of the collection     for /tasks
 /tasks/create                                 for /tasks
 /tasks/{id}/edit, /tasks/edit/{id}            for /tasks/{id}; update and delete like edit
@@ -25,7 +25,7 @@ from lib.state import state_of
 ACCOUNTS = {"create": "register", "current_user": "me", "login": "login", "logout": "logout",
     "me": "me", "register": "register", "signin": "login", "signup": "register", "token": "token",
 }  # fmt: skip
-PREFIX = re.compile(r"\A/(?:api/(?:v1/)?)?(?:users?/)?")
+PREFIX = re.compile(r"\A/(?:api/(?:v1/)?)?")
 # A / that is data (RFC 3986 section 2.2), or a line break, before which a route's $ would match.
 NOWHERE = re.compile(rb"%2f|%0a", re.IGNORECASE)
 FORMS = (b"application/x-www-form-urlencoded", b"multipart/form-data")
@@ -74,15 +74,15 @@ class CanonicalPath:
 
 def canonical(path: str, names: Mapping[str, str]) -> str:
     """The path in the form that a route has."""
-    short = PREFIX.sub("", path)
-    match short.split("/"):
+    has_user = path.startswith(("/api/", "/users/"))
+    match PREFIX.sub("", path).split("/"):
         case [called, *rest] if called in names:
             parts = [names[called], *without_verb(rest)]
-        case [user, called, *rest] if called in names and short != path[1:]:
+        case ["users", user, called, *rest] | [user, called, *rest] if has_user and called in names:
             parts = ["api", user, names[called], *without_verb(rest)]
         case ["auth", called]:
             parts = ["auth", ACCOUNTS.get(called, called)]
-        case [called] if called in ACCOUNTS:
+        case [called] | ["user" | "users", called] if called in ACCOUNTS:
             parts = ["auth", ACCOUNTS[called]]
         case ["health", *rest]:
             parts = ["health", *rest]
