@@ -65,7 +65,7 @@ def encode(level: str, fields: dict[str, Any]) -> bytes:
     line = {"time": datetime.now(UTC), "level": level, **fields}
     try:
         return to_json(line) + b"\n"
-    except ValueError:  # half of a surrogate pair, which no UTF-8 has: it becomes a "?"
+    except ValueError:  # half of a surrogate pair: it becomes a "?"
         return json.dumps(line, default=str, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 

@@ -11,7 +11,6 @@ PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/
 STATUSES: list[tuple[set[str], set[int]]] = [
     ({"key:requestBody"}, {400, 422}),
     ({"key:security"}, {401, 429}),
-    ({"param:If-Match"}, {412}),
     ({"method:get", "param:If-None-Match"}, {304}),
 ]
 
@@ -59,7 +58,7 @@ def complete_operation(operation: dict[str, Any], facts: set[str]) -> None:
         # A body that may be left out: generators of clients fail on "or null" here.
         kinds = [each for each in content["schema"].get("anyOf", ()) if each != {"type": "null"}]
         content["schema"] = kinds[0] if len(kinds) == 1 else content["schema"]
-    operation.setdefault("security", [{}])  # linters want it said that anybody may call it
+    operation.setdefault("security", [{}])  # linters want it
     answers = operation["responses"]
     for status in sorted({each for needed, more in STATUSES if needed <= facts for each in more}):
         answers.setdefault(str(status), errors(HTTPProblem(status))[status])
