@@ -18,8 +18,7 @@ HOPELESS_STATES = ("0A", "22", "28", "3D", "42", "55000")
 # libpq has no codes, and poolers send 08P01 or XX000 for everything. Their words are English.
 HOPELESS_WORDS = re.compile(
     r"certificate|private key|not support SSL|invalid |channel binding"
-    r"|authentication (failed|method)"
-    r"|no such (database|user)"  # PgBouncer
+    r"|authentication (failed|method)|no such (database|user)"  # PgBouncer
     r"|not (be )?found|disabled"  # Supabase, Neon
 )
 NAMES = re.compile(r"\"[^\"]*\"|'[^']*'")  # of hosts, files and the like
@@ -31,7 +30,7 @@ class NotReady(Exception):
 
 async def explain(error: psycopg.Error, conninfo: str) -> str:
     """One line about a failure to connect. Raises NotReady with it where waiting does not help."""
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = str(error).split("\n")
     # DETAIL and HINT follow the line that counts. Of several addresses one may have a server.
     line = next((line for line in lines if re.search("FATAL|ERROR", line)), lines[0])
     sqlstate = await asyncio.to_thread(sqlstate_of_connecting, conninfo)
