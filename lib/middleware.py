@@ -91,6 +91,8 @@ class RequestLog:
         has_body = length != b"0" or b"transfer-encoding" in headers
         peer = scope["client"][0] if scope["client"] else ""
         client = client_address(peer, headers.get(CLIENT_HEADER, b"").decode("latin-1"))
+        if client != peer:
+            scope["client"] = client, 0  # for telemetry
         state = RequestState(headers, request_id.decode(), client, None if has_body else b"")
         scope["state"]["request"] = state
 
