@@ -21,8 +21,8 @@ HARMLESS = re.compile(
 )
 SCHEMAS = {"schema", "currentschema", "search_path"}  # harmless where they name ours
 SEARCH_PATH = re.compile(r"search_path\s*=\s*(\S+)", re.IGNORECASE)  # in libpq's `options`
-SSLMODES = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
-SSLMODES |= {"no-verify": "require"}  # as libpq's require
+SSLMODES = dict.fromkeys(("true", "1", "no-verify"), "require")
+SSLMODES |= dict.fromkeys(("false", "0"), "disable")
 # [YOUR-PASSWORD], <password>, ${PASSWORD}, YOUR_PASSWORD, ****
 PLACEHOLDER = re.compile(r"(?i)[\[<][\w -]*password[\]>]|\$\{\w+\}|your[-_ ]?password|\*{3,}")
 DEFAULTS = {"connect_timeout": "3", "keepalives_idle": "30"}
@@ -79,5 +79,4 @@ def uri_for_libpq(uri: str) -> tuple[str, dict[str, str]]:
     dropped = {name: given.pop(name) for name in given.keys() - LIBPQ}
     if unknown := {name for name in dropped if not HARMLESS.search(name)}:
         raise SystemExit(f"DATABASE_URL has an unknown parameter, remove it: {min(unknown)}")
-    query = "&".join(f"{name}={value}" for name, value in given.items())
-    return f"postgresql://{place}?{query}", dropped
+    return f"postgresql://{place}?" + "&".join(map("=".join, given.items())), dropped
