@@ -33,7 +33,7 @@ BODY_TIMEOUT = 10  # seconds for a body to arrive
 
 PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")  # an X-Request-ID that is taken over
 
-# Private networks, where the proxies of platforms stand (RFC 1918, 4193, 6598), as a setting.
+# Private networks, where the proxies of platforms stand (RFC 1918, 4193, 6598).
 PROXIES: Any = "127.0.0.0/8,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7"
 PORT = re.compile(r"\A([\d.]+|\[.*\]):\d+\Z")  # 192.0.2.1:4711 or [2001:db8::1]:4711
 MAX_ADDRESS = 45  # characters of an IP address at most
@@ -87,8 +87,7 @@ class RequestLog:
         request_id = headers.get(b"x-request-id", b"")
         if not PLAIN_ID.fullmatch(request_id):
             request_id = b"%032x" % random.getrandbits(128)
-        length = headers.get(b"content-length", b"0")
-        has_body = length != b"0" or b"transfer-encoding" in headers
+        has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
         peer = scope["client"][0] if scope["client"] else ""
         client = client_address(peer, headers.get(CLIENT_HEADER, b"").decode("latin-1"))
         if client != peer:
@@ -129,7 +128,7 @@ class RequestLog:
 def values_of(lines: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """The value of each header (RFC 9110): several lines of a name are one list (section 5.3).
 
-    White space around a value is no part of it (section 5.5). uvicorn leaves it.
+    White space around a value is no part of it (section 5.5).
     """
     values: dict[bytes, bytes] = {}
     for name, value in lines:
