@@ -1,7 +1,6 @@
 """The OpenAPI document for people: Swagger UI at /docs, and ReDoc at /redoc.
 
-FastAPI's own pages take scripts of a CDN, which see what is typed into Authorize, and are blank
-without a network. They have a script within the page too, which a strict CSP forbids.
+FastAPI's own need a CDN, which sees what is typed into Authorize, and a lax CSP.
 """
 
 from html import escape
