@@ -56,6 +56,7 @@ class PipelinePool:
             timeout.cancel()
             if query in self.queue.waiting:  # it has failed, or its caller has left
                 self.queue.remove(query)
+            del query  # or its exception, whose traceback has this frame, waits for the collector
 
     def seconds_since_answer(self) -> float:
         """Since the database has answered anything. Infinite if it never has."""

@@ -1,11 +1,12 @@
 """Queries that share pipelines: each gets its own answer, in time, and disturbs no other."""
 
 import asyncio
+import gc
 import socket
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -35,6 +36,18 @@ async def outcomes(*calls: Any) -> list[Any]:
 
 
 # Answers.
+
+
+async def test_an_error_leaves_nothing_to_the_garbage_collector(pool: PipelinePool) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(InvalidValue):
+            await ask(pool, "SELECT 1 / %(n)s::integer", n=0)
+        await asyncio.sleep(0)  # the loop has the future while it wakes this task
+        assert not [each for each in gc.get_objects() if isinstance(each, InvalidValue)]
+    finally:
+        gc.enable()
 
 
 async def test_each_of_thousands_of_queries_gets_its_own_answer(pool: PipelinePool) -> None:
