@@ -1,4 +1,4 @@
-"""Completes FastAPI's OpenAPI document by errors, when it is first asked for."""
+"""Completes FastAPI's OpenAPI document by errors and headers, when it is first asked for."""
 
 from typing import Any
 
@@ -9,9 +9,21 @@ from lib.problems import HTTPProblem, Problem
 PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
 # What an operation may answer that has all of these facts: its method, a key, a parameter.
 STATUSES: list[tuple[set[str], set[int]]] = [
-    ({"key:requestBody"}, {400, 422}),
-    ({"key:security"}, {401, 429}),
+    ({"key:requestBody"}, {400, 408, 413, 415, 422, 503}),
+    ({"key:security"}, {401, 429, 503}),
+    ({"param:If-Match"}, {412}),
     ({"method:get", "param:If-None-Match"}, {304}),
+]
+# A header of its answers: the fact, the statuses (none: all), what it says. It gets no bounds,
+# because some generators of clients fail on them.
+HEADERS: list[tuple[str, str, set[str], str]] = [
+    ("ETag", "param:If-None-Match", {"200", "304"}, "The version, for If-Match."),
+    ("ETag", "param:Idempotency-Key", {"201"}, "The version, for If-Match."),
+    ("Link", "param:limit", {"200"}, 'While more follow, `</path?query>; rel="next"`.'),
+    ("Location", "param:Idempotency-Key", {"201"}, "The path of what was stored."),
+    ("WWW-Authenticate", "", {"401"}, "What was wrong with the token (RFC 6750)."),
+    ("Retry-After", "", {"429", "503"}, "Seconds to wait."),
+    ("X-Request-ID", "", set(), "The request in the log."),
 ]
 
 
@@ -47,7 +59,7 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
     """Adds what FastAPI cannot know."""
     for item in document["paths"].values():
         for method, operation in item.items():
-            facts = {f"method:{method}"} | {f"key:{key}" for key in operation}
+            facts = {"", f"method:{method}"} | {f"key:{key}" for key in operation}
             facts |= {f"param:{each['name']}" for each in operation.get("parameters", ())}
             complete_operation(operation, facts)
     return document
@@ -65,5 +77,9 @@ def complete_operation(operation: dict[str, Any], facts: set[str]) -> None:
     answers.get("304", {}).pop("content", None)  # RFC 9110 section 15.4.5
     for others in ("4XX", "5XX"):
         answers[others] = {"description": f"Any other {others}", "content": {PROBLEM: SCHEMA}}
-    if "429" in answers:  # linters want it
-        answers["429"]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
+    for status, answer in answers.items():
+        answer["headers"] = {
+            name: {"description": text, "schema": {"type": "string"}}
+            for name, fact, statuses, text in HEADERS
+            if fact in facts and (not statuses or status in statuses)
+        }
