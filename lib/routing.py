@@ -1,8 +1,7 @@
 """Middleware, the last of an app, that works out once what FastAPI works out for each request.
 
 FastAPI has a tree of what a route takes: `route.dependant`, a Dependant for its function and for
-each dependency. For each request it goes through that tree value by value. Here it is a row of
-Calls, the endpoint's the last, and a Call has one pydantic validator for all its values:
+each dependency. Here it is a row of Calls, the endpoint's the last, with one validator each:
 
     async def get(id: UUID, limit: Annotated[int, Query(ge=1)] = 9) -> Response: …
     {"path": {"id": "0199…"}, "query": {}}  ->  {"id": UUID(…), "limit": 9}
@@ -37,6 +36,8 @@ SINGLE = {"string", "integer", "number", "boolean", "null"}  # JSON Schema's typ
 # What a Call heeds of a Dependant, read in FastAPI 0.165, or need not heed. No other may be set.
 KNOWN = {"path_params", "query_params", "header_params", "body_params", "dependencies", "call",
     "name", "request_param_name", "path", "scope", "use_cache"}  # fmt: skip
+PLACES = [("path", "query", "header"), ("body",)]
+SHARED: dict[Any, list[Any]] = {}  # by function: most have several routes
 
 
 class PreparedRoutes:
@@ -136,8 +137,9 @@ class Call:
         given = {each.name: each.call for each in dependant.dependencies}
         given |= {dependant.request_param_name: Request}
         self.given = [(name, giver) for name, giver in given.items() if name]
-        self.values = validator(dependant, "path", "query", "header")
-        self.body = validator(dependant, "body")
+        key = dependant.call, *(each.name for each in dependant.path_params)
+        known = SHARED.get(key) or [validator(dependant, *places) for places in PLACES]
+        self.values, self.body = SHARED[key] = known
         aliases = [each.field_info.validation_alias for each in dependant.header_params]
         self.headers = [(each.lower().encode(), each) for each in aliases]  # as sent, as declared
 
