@@ -30,10 +30,10 @@ TOKEN_LIFETIME = 86_400  # seconds: nobody can take a token back, so it ends aft
 TOKEN_CACHE_TTL = 60  # seconds: to look a token up takes 1 us, to verify it 34 to 136
 TOKEN_CACHE_SIZE = 10_000  # tokens, of 260 bytes each
 BCRYPT_COST = 12  # 0.24 s of a core
-MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # hashed at once, and waiting: at most 2.4 s
+MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # hashed at once, and waiting: 20 / 2 * 0.24 s
 ACCOUNT_LIMIT = parse_limit("10/minute")  # attempts with one e-mail
-ADDRESS_LIMIT = parse_limit("100/minute")  # from one IPv4 address or IPv6 /64, or wider when full
-# form() refuses what does not match: a NAME that is a list, a CLAIM that has another meaning.
+ADDRESS_LIMIT = parse_limit("100/minute")  # from one IPv4 or IPv6 /64; wider if counters run out
+# form() refuses what does not match, such as a list for a NAME or `exp` for a CLAIM.
 URL, REDIS = rf"https?://{HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
 NAME, CLAIM = r"(?!https?:/*$)[^\s,]+", r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+"
 UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -42,7 +42,7 @@ UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]
 class Settings(BaseSettings):
     jwt_secret: Secret = ""  # signs and verifies HS256 tokens; with it there are accounts
     better_auth_secret: Secret = ""  # verifies them where jwt_secret is not set
-    # The URL of an issuer's keys. If set, only these `iss` and `aud` are accepted.
+    # The URL of an issuer's keys. `iss` and `aud`, if set, are required of every token.
     jwt_jwks_url: Annotated[str, form(URL, "is not an http or https URL")] = ""
     jwt_issuer: Annotated[str, form(NAME, "is not one `iss` of a token")] = ""
     jwt_audience: Annotated[str, form(NAME, "is not one `aud` of a token")] = ""
@@ -77,9 +77,9 @@ def check_settings() -> None:
         raise SystemExit("JWT_JWKS_URL needs another package: pip install 'PyJWT[crypto]'")
 
 
-# Tokens.
+# Tokens. Of an error, `description` goes into WWW-Authenticate, and `reason` into the log.
 
-# Maps the SHA-256 of a token to its user and to when to verify it again, in seconds since 1970.
+# Maps the SHA-256 of a token to its user, and to the time() from which it is verified again.
 verified: dict[bytes, tuple[str, float]] = {}
 
 
@@ -140,7 +140,7 @@ class BearerToken(SecurityBase):
         return user_id
 
 
-JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # a linter looks for "RFC8725"
+JWT = "A JWT (RFC 7519), checked as RFC8725 says."  # OpenAPI's linter wants "RFC8725"
 current_user = BearerToken(
     OAuth2PasswordBearer(tokenUrl="auth/token", description=JWT)
     if ACCOUNTS

@@ -1,8 +1,8 @@
 """The SQL of the service: each statement above the function that runs it.
 
-Tasks come back as JSON, by row_to_json() or Result.json() alike. "No such row" is None. A function
-may raise pgpipeline's Unavailable, which main.py answers with 503. One that writes may also raise
-InvalidValue (422). The values in a row are bytes.
+Tasks come back as JSON: pages by row_to_json(), and one alike by Result.json(). "No such row" is
+None. A function may raise pgpipeline's Unavailable (a 503 by main.py). One that writes may also
+raise InvalidValue (422). Values in a row are bytes of text, as b"t" for true.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ WRITABLE = ["title", "description", "completed"]
 SHOWN = ["id", "user_id", *WRITABLE, "completed AS is_completed", "created_at", "updated_at"]
 COLUMNS = ", ".join(SHOWN)
 SHAPE = hashlib.sha256(COLUMNS.encode()).hexdigest()[:8]  # in ETags: a new field makes all stale
-PAGE_BYTES = 1_000_000  # of a page of tasks, so that nobody's page fills the memory
+PAGE_BYTES = 1_000_000  # the most in a page of tasks, so that none fills the memory
 PING_TTL = 5.0  # seconds: ping() asks only if no answer came within this time
 
 # A formatter would break the line before each f""".
@@ -68,8 +68,8 @@ class Page(NamedTuple):
 # With `after`, a backward scan of the primary key begins where the last page ended, so page 100
 # costs as much as page 1. coalesce() keeps the condition on id an index range; OR would not.
 # LIMIT + 1 tells whether more tasks follow. row_to_json() escapes line breaks: one line, one task.
-# 1,000 tasks of escaped control characters take 33 MB, so PostgreSQL cuts the text. left() reads
-# the whole text, so CASE skips it for short ones. string_agg() keeps the subquery's order.
+# 1,000 tasks may take 33 MB (\u0001 takes 6 bytes), so PostgreSQL cuts the text. left() counts its
+# characters, so CASE spares a short text that. string_agg() keeps the subquery's order.
 SELECT_TASKS = Statement("SELECT_TASKS", f"""
 SELECT CASE WHEN octet_length(lines) > {PAGE_BYTES} THEN left(lines, {PAGE_BYTES}) ELSE lines END,
     count
@@ -139,8 +139,8 @@ async def insert_task(
 
 
 # Fields that were not sent keep their values. No index has these columns, so the update is HOT.
-# now() is when this UPDATE, a transaction of its own, began. A later one may commit first, so
-# updated_at takes the later time and never goes back.
+# now() is when this UPDATE, a transaction of its own, began. One that began later may commit
+# first, so greatest() keeps updated_at from going back.
 UPDATE_TASK = Statement("UPDATE_TASK", f"""
 UPDATE todo.tasks
 SET {", ".join(f"{n} = CASE WHEN %(sets_{n})s THEN %({n})s ELSE {n} END" for n in WRITABLE)},
@@ -155,7 +155,7 @@ RETURNING {COLUMNS}, version
 async def update_task(
     user_id: str, task_id: UUID, changes: dict[str, Value], versions: str | None
 ) -> TaskJSON | None:
-    """Changes a task if its version is in `versions`, ranges by If-Match, or None for any."""
+    """Changes a task if its version is in `versions`, '{[7,7]}' by If-Match, or None for any."""
     if not changes and versions is None:  # nothing to write, and no version to compare
         return await select_task(user_id, task_id)
     values: dict[str, Value] = {"user_id": user_id, "task_id": task_id, "versions": versions}
@@ -198,7 +198,7 @@ async def delete_task(user_id: str, task_id: UUID, versions: str | None) -> bool
 
 
 class Account(NamedTuple):
-    """A user. E-mail and password are None for an outside issuer's. `json` goes to the client."""
+    """A user. One of an outside issuer has no e-mail and password. `json` goes to the client."""
 
     id: str
     email: str | None
@@ -217,7 +217,7 @@ RETURNING id, email, created_at, password_hash
 
 
 async def insert_account(email: str, password_hash: str) -> Account | None:
-    """Stores an account. None when the e-mail has one."""
+    """Stores an account. None if the e-mail is taken."""
     return to_account(await fetch(INSERT_ACCOUNT, email=email, password_hash=password_hash))
 
 
@@ -283,7 +283,7 @@ STATEMENTS = [each for each in list(globals().values()) if isinstance(each, Stat
 
 
 def conninfo() -> str:
-    """How to connect. Raises SystemExit with one line about a DATABASE_URL that is wrong."""
+    """How to connect. Raises SystemExit if DATABASE_URL is wrong or names another schema."""
     return connection_string(settings.database_url, schema="todo")
 
 
@@ -309,7 +309,7 @@ async def stop() -> None:
 
 
 def fetch(statement: Statement, **values: Value) -> Awaitable[Result]:
-    """Runs a statement. The pool's tenants are users, or e-mails before a login."""
+    """Runs a statement, a SELECT by `reads`. Tenants (users, or e-mails at a login) take turns."""
     pool = reads if statement.reads_only else writes
     tenant = values.get("user_id") or values.get("email") or ""
     return pool.execute(statement, values, str(tenant))
@@ -323,7 +323,7 @@ def to_task(result: Result) -> TaskJSON | None:
 
 
 def to_page(lines: bytes, *, has_surplus: bool) -> Page:
-    """A page of tasks, one a line, without the surplus task and what is above PAGE_BYTES.
+    """A page of tasks, one a line, up to the last break: a surplus or cut task goes.
     One task always fits, because a task's JSON has 35 KB at most."""
     is_cut = len(lines) >= PAGE_BYTES  # left() counts characters, of one byte or more each
     if not is_cut and not has_surplus:

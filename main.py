@@ -17,11 +17,11 @@
     POST   /tasks/{task_id}/complete  like PATCH
     PATCH  /tasks/{task_id}/toggle    like complete
     POST   /tasks/{task_id}/toggle    like complete
-    GET    /health                    the process lives (public)
+    GET    /health                    the process runs (public)
     GET    /health/ready              the database answers (public)
     GET    /                          name and version (public)
 
-The task routes stand under /api/{user_id}/tasks too, where {user_id} is the token's own user or
+The task routes are under /api/{user_id}/tasks too, where {user_id} is the token's own user or
 `me`. Errors are problems (RFC 9457).
 """
 
@@ -58,13 +58,13 @@ VERSION = "2.0.0"
 
 class Settings(BaseSettings):
     cors_origins: str = ""
-    fastapi_otel_auto_configure: bool = False  # traces as OTEL_* say
+    fastapi_otel_auto_configure: bool = False  # traces, set by OTEL_*
 
 
 settings = Settings.load()
 
-# Schemas. SQLModel is used like pydantic's BaseModel, without tables: the SQL is in db.py.
-# The error for a refused value quotes the title and the description of its field.
+# Schemas. SQLModel serves as BaseModel, without tables: the SQL is in db.py. An error quotes the
+# title and the description of the field whose value it refuses. WHITESPACE has \x00 too.
 
 Title = Annotated[str, Field(
     title="Title", min_length=1, max_length=500, pattern=rf"^[^\x00]*[^{WHITESPACE}][^\x00]*$",
@@ -112,7 +112,7 @@ class TaskCreate(TaskBody):
 
     title: Title
     description: Description = None
-    completed: Completed = Field(default_factory=bool)  # False, but not in OpenAPI
+    completed: Completed = Field(default_factory=bool)  # False, which OpenAPI does not show
 
 
 class Task(SQLModel):
@@ -128,7 +128,7 @@ class Task(SQLModel):
     updated_at: datetime
 
 
-# Errors: `detail` and `code` in the body, `description` in WWW-Authenticate, `reason` in the log.
+# Errors. A problem has `detail` and `code` in its body.
 
 task_not_found = partial(HTTPProblem, 404, "Task not found", "task_not_found")  # or another user's
 malformed_id = partial(HTTPProblem, 404, "Task not found: ids are UUIDs", "task_not_found")
@@ -146,9 +146,9 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
 
 # Aliases of paths: lib/paths.py lists them.
 NAMES = dict.fromkeys(["tasks", "todos", "task", "todo"], "tasks")  # what clients call /tasks
-CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # have no alias: faster
+CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # are no alias, and not looked up
 
-# `respond` makes a problem, as JSON, of an exception.
+# `respond` turns an exception into a problem.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
     title="Todo",
@@ -165,7 +165,7 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.ErrorResponses, respond=respond),  # an exception as JSON
         Middleware(CanonicalPath, names=NAMES, unless=CANONICAL),  # an alias as its route
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
-        Middleware(PreparedRoutes),  # FastAPI's work, prepared once
+        Middleware(PreparedRoutes),  # routing like FastAPI's, but faster
     ],
     exception_handlers=dict.fromkeys([HTTPException, RequestValidationError], respond),
 )
@@ -202,12 +202,12 @@ async def completed_filter(
 def route(method: str, path: str, **options: Any) -> Decorator:
     """Registers a route at `path` and under /api/{user_id}. Both act for the token's user."""
     options |= {"methods": [method], "tags": ["tasks"]}
-    refusals = openapi.errors(task_not_found()) if "{task_id}" in path else {}
-    of_user: Any = {"responses": refusals | openapi.errors(identity_mismatch())}
+    errors = openapi.errors(task_not_found()) if "{task_id}" in path else {}
+    of_user: Any = {"responses": errors | openapi.errors(identity_mismatch())}
     of_user["dependencies"] = [Depends(own_path)]
 
     def register(endpoint: Endpoint) -> Endpoint:
-        app.add_api_route(path, endpoint, responses=refusals, **options)
+        app.add_api_route(path, endpoint, responses=errors, **options)
         app.add_api_route("/api/{user_id}" + path, endpoint, **options, **of_user)
         return endpoint
 
@@ -318,7 +318,7 @@ email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_take
 wrong_login = partial(Unauthorized, code="wrong_credentials", detail="Wrong e-mail or password")
 wrong_password = partial(Unauthorized, code="wrong_password", detail="Wrong current password")
 no_account = partial(HTTPProblem, 404, "This user has no account here", "account_not_found")
-too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")  # for OpenAPI
+too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")  # an example
 
 
 def account_route(path: str, error: HTTPProblem, status: int = 200) -> Decorator:
@@ -337,7 +337,7 @@ def token_response(account: db.Account, status: int = 200) -> Response:
 async def log_in(request: Request, email: str, password: str) -> Response:
     await auth.throttle(request, email)
     account = await db.select_account(email)
-    # Without an account check() hashes too, so the time does not tell whether there is one.
+    # check() hashes without an account too, so the time does not tell whether there is one.
     matches = await auth.passwords.check(password, account and account.password_hash)
     if account is None or not matches:
         raise wrong_login()
@@ -353,7 +353,7 @@ async def find_user(user_id: str) -> db.Account | None:
 
 
 async def confirm(request: Request, user_id: str, password: str) -> None:
-    """Raises HTTPProblem unless the password is the account's. It counts as a login."""
+    """Raises HTTPProblem unless the password is the account's. Counts as a login."""
     user = await find_user(user_id)
     if user is None or user.email is None:
         raise no_account()
@@ -394,11 +394,11 @@ async def logout() -> dict[str, str]:
     return {"message": "Logged out"}
 
 
-CONFIRMED: Any = {"status_code": 204, "tags": ["accounts"]}
-CONFIRMED |= {"responses": openapi.errors(wrong_password(), no_account(), too_many)}
+BY_PASSWORD: Any = {"status_code": 204, "tags": ["accounts"]}
+BY_PASSWORD |= {"responses": openapi.errors(wrong_password(), no_account(), too_many)}
 
 
-@app.put("/auth/password", **CONFIRMED)
+@app.put("/auth/password", **BY_PASSWORD)
 async def change_password(
     request: Request, user_id: CurrentUser, body: schemas.PasswordChange
 ) -> Response:
@@ -408,7 +408,7 @@ async def change_password(
     return Response(status_code=204)
 
 
-@app.delete("/auth/me", **CONFIRMED)
+@app.delete("/auth/me", **BY_PASSWORD)
 async def delete_account(
     request: Request, user_id: CurrentUser, body: schemas.Confirmation
 ) -> Response:
@@ -431,7 +431,7 @@ async def me(user_id: CurrentUser) -> Response:
 
 @app.get("/health", tags=["service"])
 async def health() -> dict[str, str]:
-    """Check that the process runs. This asks no database, which would keep Neon awake."""
+    """Check that the process runs. Asking the database would keep Neon awake."""
     return {"status": "ok"}
 
 
@@ -448,11 +448,11 @@ async def root() -> dict[str, str]:
     return {"name": "todo", "version": VERSION, "docs": "/docs"}
 
 
-pages.add_pages(app)  # last, because routes are tried in order
+pages.add_pages(app)  # /docs and /redoc: last, because routes are tried in order
 
 if __name__ == "__main__":
     develop.run(
-        "main:app",  # makes what is not set:
+        "main:app",  # and makes what is not set:
         database=not db.settings.database_url,
         secret=not (auth.SECRET or auth.JWKS_URL),
         origins=not settings.cors_origins,

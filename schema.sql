@@ -3,14 +3,14 @@
 -- a change all of it runs again, so each statement has to allow that. CREATE TABLE IF NOT EXISTS
 -- leaves a table that exists as it is: write a change in the table, for new databases, and at the
 -- end of this file, for those that exist. Write each name with its schema, because a search_path
--- may lead to another application's tables. The limits of the API stand here too, as named
--- constraints, for other programs.
+-- may lead to another application's tables. The limits of the API are here too, as named
+-- constraints, because other programs may write.
 -- CREATE SCHEMA IF NOT EXISTS would need the privilege even where the schema exists.
 DO $$ BEGIN IF to_regnamespace('todo') IS NULL THEN CREATE SCHEMA todo; END IF; END $$;
 
 -- UUID version 7 (RFC 9562 section 5.7) begins with the time, so the primary key of tasks is also
--- their order. Its digits are 12 of milliseconds, the version, 3 of a fraction of a millisecond
--- (section 6.2, method 3), and the last 16 of a random UUID. PostgreSQL 18 alone has uuidv7().
+-- their order. Its digits are 12 of milliseconds, the version, 3 of 1/4096 ms (section 6.2, method
+-- 3), and the last 16 of a random UUID. Only PostgreSQL 18 has a uuidv7() of its own.
 CREATE OR REPLACE FUNCTION todo.uuidv7() RETURNS uuid LANGUAGE sql VOLATILE PARALLEL SAFE
 RETURN overlay(
     lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000 * 4096)::bigint), 15, '0')
@@ -18,9 +18,9 @@ RETURN overlay(
 )::uuid;
 
 -- New databases skip this: it moves the tables of releases 1.0 and 1.1 from public, if a column and
--- a foreign key show that they are ours. E-mails become lower case, as by normal_email(): lower()
--- in locale C leaves E acute, so another collation is named. Of two e-mails that become one, the
--- one in lower case gets it, or else the older account. The other one stays.
+-- a foreign key show that they are ours. E-mails become lower case as by Python's lower(), also of
+-- I with a dot (304). Locale C leaves E acute, so another collation is named. Where two become one,
+-- the one in lower case gets it, or else the older one. The other stays as it was.
 DO $move$ BEGIN
     PERFORM FROM pg_constraint
     JOIN pg_attribute ON attrelid = conrelid AND attname = 'idempotency_digest'
@@ -44,9 +44,9 @@ DO $move$ BEGIN
     );
 END $move$;
 
--- Whoever owns tasks has a row. A user of an outside issuer gets one with the first task: an id and
--- nothing else. Ids are text because issuers choose them, as Auth0 does with "auth0|5f7c". E-mails
--- are stored in lower case, as normal_email() in lib/schemas.py writes them.
+-- Whoever owns tasks has a row. A user of an outside issuer gets one with the first task: an id
+-- without an account. Ids are text because issuers choose them, as Auth0 does with "auth0|5f7c".
+-- E-mails are in lower case.
 CREATE TABLE IF NOT EXISTS todo.users (
     id            text        NOT NULL DEFAULT todo.uuidv7()::text,
     email         text,
@@ -62,7 +62,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS users_email_unique ON todo.users (email);
 -- The primary key begins with the owner, and every statement names the owner, so no statement
 -- reaches another user's task, and Citus can shard by user_id. Reads need no other index: "newest
 -- first" is a backward scan of it. An index on completed would prevent HOT updates (below).
--- version counts the writes to a task and is its ETag, as two writes may share an updated_at.
+-- version counts the writes to a task and is in its ETag, as two writes may share an updated_at.
 -- fillfactor leaves 10 % of each page free, so that an updated row stays in its page and no index
 -- has to be written (HOT, a heap-only tuple).
 CREATE TABLE IF NOT EXISTS todo.tasks (
@@ -83,9 +83,9 @@ CREATE TABLE IF NOT EXISTS todo.tasks (
     CONSTRAINT tasks_description_length CHECK (length(description) <= 5000)
 ) WITH (fillfactor = 90);
 
--- A retried POST finds the task of its first attempt here. The digest is the SHA-256 of its fields.
+-- A retried POST finds the task of its first attempt here. The digest is the SHA-256 of its body.
 -- Tasks without a key are not in this index. Deleting a task frees its key.
 CREATE UNIQUE INDEX IF NOT EXISTS tasks_idempotency_key ON todo.tasks (user_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 
--- Changes to tables that exist, oldest first. Each can be applied again.
+-- Changes to tables that exist go here, oldest first. Each can be applied again.
