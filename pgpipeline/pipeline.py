@@ -54,7 +54,6 @@ class Pipeline:
         self.sent: deque[Query] = deque()  # queries under way, in the order of their answers
         self.answer: PGresult | None = None  # to the first of them, until its Sync comes
         self.refused: list[tuple[Query, Exception]] = []  # since the server is a standby
-        self.unflushed = False
         self.is_cancelling = False  # a cancellation was sent, and has cancelled nothing yet
         # Done when nothing more will come: with an error if the connection is lost.
         self.end: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
@@ -138,11 +137,10 @@ class Pipeline:
     # Sending queries...
 
     def send(self, query: Query) -> None:
-        """Puts a query under way, in libpq's buffer. flush() gives it to the kernel."""
+        """Puts a query under way. What the kernel does not take now is left to flush()."""
         if not self.sent:
             self.waiting_since = monotonic()
         self.sent.append(query)
-        self.unflushed = True
         name, pgconn = query.statement.prepared_name, self.connection.pgconn
         query.sent_by_name = name
         try:
@@ -150,21 +148,18 @@ class Pipeline:
                 self.connection.prepared.add(name)
                 pgconn.send_prepare(name, query.statement.text)
             pgconn.send_query_prepared(name, query.values)
-            pgconn.pipeline_sync()  # without it, all that is under way were one transaction
+            # Without a Sync, all that is under way were one transaction. libpq writes with each.
+            pgconn.pipeline_sync()
+            if pgconn.flush():
+                asyncio.get_running_loop().add_writer(self.socket, self.flush)
         except Exception as error:  # after any, nobody knows what was sent
             self.finish(error)
 
     def flush(self) -> None:
-        """Gives the kernel what was sent. What it does not take is left to the next call."""
-        if not self.unflushed or self.end.done():
-            return
-        loop = asyncio.get_running_loop()
+        """Gives the kernel what it did not take before, whenever it takes more."""
         try:
-            self.unflushed = bool(self.connection.pgconn.flush())
-            if self.unflushed:
-                loop.add_writer(self.socket, self.flush)
-            else:
-                loop.remove_writer(self.socket)
+            if not self.connection.pgconn.flush():
+                asyncio.get_running_loop().remove_writer(self.socket)
         except postgres.OperationalError as error:
             self.finish(error)
 

@@ -86,7 +86,7 @@ class PipelinePool:
             asyncio.get_running_loop().call_soon(self.dispatch)
 
     def dispatch(self) -> None:
-        """Sends what may be sent, flushes each pipeline once, and opens another one if need be.
+        """Sends what may be sent, and opens another pipeline if need be.
 
         README.md has the steps. Nothing is sent behind a silent query. While slow tenants have
         queries, one pipeline is kept for them, unless it is the only one.
@@ -104,8 +104,6 @@ class PipelinePool:
             self.fill(quick, "quick")
         else:
             self.fill(usable, "all")
-        for pipeline in usable:
-            pipeline.flush()
         if all(len(pipeline.sent) > 1 for pipeline in quick):  # or if there is none
             self.open_pipeline()
 
