@@ -144,6 +144,8 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the PostgreSQLs end as well
     faults = [fault for fault in load() if fault.at.startswith(tuple(options.places) or "")]
+    if not faults:
+        sys.exit(f"no fault's `at` begins with {' or '.join(options.places)}")
     if options.check:
         print(*check(faults), f"{len(faults)} faults", sep="\n")
         return bool(check(faults))
