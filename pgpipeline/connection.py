@@ -42,8 +42,7 @@ class Connection(psycopg.AsyncConnection[Any]):
 
     async def ping(self, seconds: float) -> None:
         """Sends a Sync, which is a round trip without a query. Raises psycopg.Error if it fails."""
-        self.pgconn.pipeline_sync()
-        self.pgconn.flush()
+        self.pgconn.pipeline_sync()  # which libpq writes at once
         answer = await self.wait(fetch(self.pgconn), timeout=seconds)
         if not answer or answer.status != ExecStatus.PIPELINE_SYNC:  # such as the session's end
             raise psycopg.OperationalError("another answer than a Sync's")
@@ -65,6 +64,7 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
             reconnect_timeout=2,  # seconds: a pool that tries for longer waits ever longer between
             open=False,
         )
+        self.drained_at = float("-inf")  # on the clock of time.monotonic()
 
     async def acquire(self) -> Connection:
         """Waits for a connection that works, and for the pool to be open."""
@@ -85,6 +85,13 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
                 if not isinstance(error, psycopg.Error):  # this task was cancelled
                     raise
             await self.drain()  # the server may have gone for the other idle ones as well
+
+    async def drain(self) -> None:
+        """Closes idle connections now, and others on release. Not twice in a second, because a
+        database may refuse each write for minutes."""
+        if monotonic() - self.drained_at > 1:
+            self.drained_at = monotonic()
+            await super().drain()
 
     async def release(self, connection: Connection) -> None:
         """Gives a connection back, for whoever acquires next. The pool replaces a closed one."""

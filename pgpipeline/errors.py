@@ -4,7 +4,6 @@ https://www.postgresql.org/docs/current/errcodes-appendix.html has the SQLSTATE 
 """
 
 import psycopg.errors as postgres
-from psycopg.pq.abc import PGresult
 
 
 class Unavailable(Exception):
@@ -34,12 +33,7 @@ RETRYABLE = (
     postgres.DuplicatePreparedStatement,
     postgres.InvalidSqlStatementName,  # after DEALLOCATE ALL, or if its Parse was refused before
 )
-SHUTDOWN = (postgres.AdminShutdown, postgres.IdleSessionTimeout)
-
-
-def is_shutdown(result: PGresult) -> bool:
-    """Whether the server says that it ends the session."""
-    return isinstance(postgres.error_from_result(result), SHUTDOWN)
+SHUTDOWN = (postgres.AdminShutdown, postgres.IdleSessionTimeout)  # the session ends
 
 
 def is_outdated(error: postgres.Error) -> bool:
@@ -66,7 +60,7 @@ def error_of(name: str, error: postgres.Error) -> Exception:
         return ForeignKeyViolation(error.diag.constraint_name)
     if sqlstate[:2] == "22" or sqlstate in {"23514", "23502"}:
         return InvalidValue(sqlstate)
-    if sqlstate[:2] in {"08", "40", "53", "57"} or sqlstate in {"25006", "55P03"}:
+    if sqlstate[:2] in {"08", "40", "53", "57"} or sqlstate in {"25006", "55P03", "26000", "42P05"}:
         return Unavailable(f"{name}: {sqlstate}")
     text = error.diag.message_primary if sqlstate[:2] == "42" else ""
     return UnexpectedError(f"{name}: {sqlstate} {text}".strip())

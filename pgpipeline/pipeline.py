@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import deque
 from contextlib import suppress
-from enum import Enum
+from enum import IntEnum
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -34,20 +34,20 @@ SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 log = logging.getLogger("pgpipeline")
 
 
-class State(Enum):
+class State(IntEnum):
     """What a pipeline does with its connection. README.md has the diagram."""
 
-    ACQUIRING = "waits for a connection"
-    ACTIVE = "takes queries"
-    DRAINING = "takes no more queries, and then releases its connection"
-    BROKEN = "takes no more queries, and then closes its connection"
+    ACQUIRING = 1  # waits for a connection
+    ACTIVE = 2  # takes queries
+    DRAINING = 3  # takes no more queries, and then releases its connection
+    BROKEN = 4  # takes no more queries, and then closes its connection
 
 
 class Pipeline:
     """Acquires a connection, keeps queries under way on it, and releases it when it is idle."""
 
     connection: Connection
-    socket: int
+    socket = -1  # of the connection
 
     def __init__(self, pool: "PipelinePool") -> None:
         self.pool, self.state = pool, State.ACQUIRING
@@ -61,22 +61,19 @@ class Pipeline:
         self.active_since = 0.0
         self.waiting_since = 0.0  # for the next answer, or for a query if none is under way
 
-    def __repr__(self) -> str:
-        return f"<Pipeline {self.state.name} {len(self.sent)} under way>"
+    def advance(self, state: State) -> None:
+        """Enters a state, unless a later one was entered before. Nothing else sets `state`."""
+        self.state = max(self.state, state)
 
     # Acquiring and releasing a connection...
 
     async def run(self) -> None:
         """The life of a pipeline: it acquires a connection, serves queries, and releases it."""
+        self.connection = await self.pool.connections.acquire()
         try:
-            self.connection = await self.pool.connections.acquire()
-            try:
-                await self.serve()
-            finally:
-                await self.release()
+            await self.serve()
         finally:
-            del self.pool.pipelines[self]
-        self.pool.dispatch()  # not after an exception, which the next pipeline would meet at once
+            await self.release()
 
     async def serve(self) -> None:
         """Takes queries until the pipeline drains or breaks, and looks at the time in between.
@@ -86,7 +83,7 @@ class Pipeline:
         """
         self.socket = self.connection.pgconn.socket
         asyncio.get_running_loop().add_reader(self.socket, self.step)
-        self.state = State.ACTIVE
+        self.advance(State.ACTIVE)
         self.active_since = self.waiting_since = monotonic()
         self.pool.dispatch()
         while not self.end.done():
@@ -99,23 +96,25 @@ class Pipeline:
         if self.end.done():
             return
         if error:
-            log.warning("connection lost: %s", type(error).__name__)
-        if error or self.sent:  # the pool may be closed with queries under way
-            self.state = State.BROKEN
+            is_ours = not isinstance(error, (postgres.Error, OSError))  # a mistake in our code
+            log.warning("connection lost: %s", type(error).__name__, exc_info=is_ours and error)
+        # Without an error, the pool may have been closed with queries under way.
+        self.advance(State.BROKEN if error or self.sent else State.DRAINING)
         loop = asyncio.get_running_loop()
         # At once: libpq may have closed the socket, and the next one to open gets its number.
         for remove in (loop.remove_writer, loop.remove_reader):
-            with suppress(OSError):  # asyncio tells the kernel about a socket that is closed
+            with suppress(OSError, ValueError):  # it may be closed, or was never known
                 remove(self.socket)
         self.end.set_result(error)
 
     async def release(self) -> None:
-        """Releases the connection. One that is BROKEN is closed, with those that are idle."""
-        self.finish()  # which has not been called if this task was cancelled
+        """Releases the connection. One that is BROKEN is closed."""
+        self.finish()  # it has not been called if this task was cancelled
         try:
             if self.state is State.BROKEN:
                 await self.connection.close()
-                await self.pool.connections.drain()  # the others may be lost as well
+                if self.end.result() or self.refused:
+                    await self.pool.connections.drain()  # the others may be lost as well
         finally:  # this task may be cancelled once more
             self.give_back()
             await self.pool.connections.release(self.connection)
@@ -123,15 +122,14 @@ class Pipeline:
     def give_back(self) -> None:
         """Has the queries without an answer sent again by other pipelines, or fails them."""
         error = self.end.result()
-        # The last one first, because retry() puts each before the others of its tenant.
-        for query in reversed(self.sent):
+        for query in self.sent:
             self.pool.queue.ended(query, self, quickly=False)
             lost = errors.Unavailable("connection lost")
             if query.statement.reads_only or isinstance(error, postgres.AdminShutdown):
                 self.pool.retry(query, lost)
             else:  # a write that may have been executed already
                 query.fail(lost)
-        for query, refusal in reversed(self.refused):  # these came before those without an answer
+        for query, refusal in self.refused:
             self.pool.retry(query, refusal)
 
     # Sending queries...
@@ -192,10 +190,7 @@ class Pipeline:
             separated = not result
 
     def handle(self, result: PGresult) -> None:
-        """Keeps a query's answer, and settles the query when its Sync comes.
-
-        Rows leave PostgreSQL before the commit, so only the Sync says that a write is stored.
-        """
+        """Keeps an answer until its Sync comes, because rows leave PostgreSQL before the commit."""
         status = result.status
         if status == ExecStatus.PIPELINE_SYNC:
             if not self.answer:
@@ -213,10 +208,15 @@ class Pipeline:
             pass  # the query was skipped: the answer is the error of its Parse, which came before
         elif status == ExecStatus.COMMAND_OK and not result.command_status:
             pass  # the statement is prepared, and the query not yet executed
-        elif status in SUCCESS or self.answer or not errors.is_shutdown(result):
-            self.answer = result  # rows are replaced by an error if their commit fails
-        else:  # nothing was executed, because even a write without rows sends an answer before
+        elif status in SUCCESS:
+            self.answer = result
+        elif status != ExecStatus.FATAL_ERROR:  # a COPY, whose results would never end
+            raise postgres.NotSupportedError(ExecStatus(status).name)
+        elif not self.answer and isinstance(postgres.error_from_result(result), errors.SHUTDOWN):
+            # Nothing was executed, because even a write without rows sends an answer before.
             raise postgres.AdminShutdown
+        else:
+            self.answer = result  # instead of rows, if their commit fails
 
     def settle(self, query: Query, answer: PGresult) -> None:
         """Gives a query its result. An error gives it another attempt, if it was not executed."""
@@ -236,20 +236,13 @@ class Pipeline:
             may_retry = self.is_cancelling and not query.cancelled_at
             self.is_cancelling = False
         if isinstance(reason, postgres.ReadOnlySqlTransaction):
-            self.refuse(query, error)
+            self.refused.append((query, error))  # sent again when this pipeline has gone
+            self.advance(State.BROKEN)
+            self.pool.drain()
         elif may_retry:
             self.pool.retry(query, error, conflict=isinstance(reason, errors.CONFLICTS))
         else:
             query.fail(error)
-
-    def refuse(self, query: Query, error: Exception) -> None:
-        """Ends all pipelines, because since a failover each may lead to a standby. The query is
-        sent again when this one has gone."""
-        self.refused.append((query, error))
-        self.state = State.BROKEN
-        for other in self.pool.pipelines:
-            if other.state is State.ACTIVE:
-                other.state = State.DRAINING
 
     # Watching the time...
 
@@ -258,32 +251,26 @@ class Pipeline:
         return bool(self.sent) and now - self.waiting_since > SLOW + self.connection.round_trip
 
     async def watch(self) -> None:
-        """Drains the pipeline when that is due. Cancels a query whose caller has left, or for which
-        others have waited for STATEMENT_TIMEOUT."""
+        """Drains the pipeline when that is due, and cancels a query that should not go on."""
         now = monotonic()
-        if self.state is State.ACTIVE and self.is_due(now):
-            self.state = State.DRAINING
+        is_idle = not self.sent and now - self.waiting_since > SLOW
+        is_old = now - self.active_since > MAX_HOLD
+        if is_idle or is_old or self.pool.is_connection_wanted():
+            self.advance(State.DRAINING)
             self.step()  # at once, if nothing is under way
         if self.end.done() or not self.is_silent(now):
             return
-        query = self.sent[0]
-        self.pool.queue.found_slow(query.tenant)
+        query, queue = self.sent[0], self.pool.queue
+        queue.found_slow(query.tenant)
         if query.cancelled_at:
             if now - query.cancelled_at > CANCEL_TIMEOUT:
                 self.finish(TimeoutError())  # the server or the way to it has gone
             return
-        others_wait = len(self.sent) > 1 or self.pool.queue.waiting or self.refused
-        holds_up = others_wait and now - self.waiting_since > STATEMENT_TIMEOUT
+        # Some wait behind it, or for it by rule 3, or could be sent here if it had gone.
+        others = len(self.sent) > 1 or self.refused or query.tenant.line or queue.find(self)
+        holds_up = others and now - self.waiting_since > STATEMENT_TIMEOUT
         if holds_up or query.result.done():
             query.cancelled_at, self.is_cancelling = now, True
             # What comes of it is seen in the answer to the query, which may have ended meanwhile.
             with suppress(postgres.Error, OSError):
                 await self.connection.cancel_safe(timeout=CANCEL_TIMEOUT)
-
-    def is_due(self, now: float) -> bool:
-        """Whether the connection is idle, was held for long, or is wanted by somebody else."""
-        # Who waits may be an ACQUIRING pipeline, or get what a DRAINING one releases soon.
-        inactive = sum(each.state is not State.ACTIVE for each in self.pool.pipelines)
-        is_wanted = self.pool.connections.get_stats()["requests_waiting"] > inactive
-        is_idle = not self.sent and now - self.waiting_since > SLOW
-        return is_idle or is_wanted or now - self.active_since > MAX_HOLD

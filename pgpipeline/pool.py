@@ -8,8 +8,8 @@ from time import monotonic
 
 from pgpipeline.connection import ConnectionPool
 from pgpipeline.errors import Unavailable
-from pgpipeline.pipeline import SLOW, Pipeline, State
-from pgpipeline.queue import Query, Queue, Serves
+from pgpipeline.pipeline import SLOW, Pipeline, State, log
+from pgpipeline.queue import Query, Queue
 from pgpipeline.result import Result
 from pgpipeline.statement import Statement, Value, encode
 
@@ -28,6 +28,8 @@ class PipelinePool:
     def __init__(
         self, connections: ConnectionPool, size: int, depth: int, span: Span = nullcontext
     ) -> None:
+        if size < 1 or depth < 1:
+            raise ValueError("size and depth must be 1 or more")
         self.connections, self.size, self.depth, self.span = connections, size, depth, span
         self.queue = Queue(size)
         self.pipelines: dict[Pipeline, asyncio.Task[None]] = {}
@@ -35,12 +37,12 @@ class PipelinePool:
         self.is_scheduled = self.is_closed = False
 
     async def execute(
-        self, statement: Statement, values: Mapping[str, Value], tenant: str = ""
+        self, statement: Statement, values: Mapping[str, Value], tenant: str
     ) -> Result:
         """Executes a statement in a transaction of its own, when it is the tenant's turn.
 
-        Raises the exceptions of errors.py: Unavailable some SLOW seconds after QUERY_TIMEOUT at the
-        latest, wherever the time was spent.
+        Raises the exceptions of errors.py, Unavailable SLOW seconds after QUERY_TIMEOUT at the
+        latest, and UnicodeDecodeError for a column whose name is no UTF-8.
         """
         loop = asyncio.get_running_loop()
         encoded = [encode(values[name]) for name in statement.parameters]
@@ -66,7 +68,7 @@ class PipelinePool:
         """Ends all pipelines. Queries that wait or are under way fail, and so do later ones."""
         self.is_closed = True
         for query in self.queue.waiting:
-            expire(query)
+            query.fail(Unavailable("the pool is closed"))
         tasks = list(self.pipelines.values())
         for task in tasks:
             task.cancel()
@@ -77,7 +79,7 @@ class PipelinePool:
     def put(self, query: Query) -> None:
         """Queues a query. It is sent with all others that come in this turn of the loop."""
         if self.is_closed:
-            expire(query)
+            query.fail(Unavailable("the pool is closed"))
         if query.result.done():  # its caller may have left while it paused
             return
         self.queue.append(query)
@@ -86,25 +88,18 @@ class PipelinePool:
             asyncio.get_running_loop().call_soon(self.dispatch)
 
     def dispatch(self) -> None:
-        """Sends what may be sent, and opens another pipeline if need be.
-
-        README.md has the steps. Nothing is sent behind a silent query. While slow tenants have
-        queries, one pipeline is kept for them, unless it is the only one.
-        """
+        """Sends what may be sent, and opens another pipeline if need be, by README.md's steps."""
         self.is_scheduled = False
         if self.is_closed or not self.queue.waiting:
             return
         now = monotonic()
         active = [pipeline for pipeline in self.pipelines if pipeline.state is State.ACTIVE]
         for_slow = self.choose_for_slow(active) if self.queue.slow else None
+        self.queue.for_slow = for_slow if len(active) > 1 else None
         usable = [pipeline for pipeline in active if not pipeline.is_silent(now)]
-        quick = [pipeline for pipeline in usable if pipeline is not for_slow]
-        if for_slow and len(active) > 1:
-            self.fill([each for each in usable if each is for_slow], "slow")
-            self.fill(quick, "quick")
-        else:
-            self.fill(usable, "all")
-        if all(len(pipeline.sent) > 1 for pipeline in quick):  # or if there is none
+        self.fill(usable.copy())
+        busy = min(2, self.depth)  # queries under way, from which on another pipeline is opened
+        if all(len(each.sent) >= busy for each in usable if each is not for_slow):
             self.open_pipeline()
 
     def choose_for_slow(self, active: list[Pipeline]) -> Pipeline | None:
@@ -116,16 +111,15 @@ class PipelinePool:
             return max(active, key=under_way.__getitem__, default=None)
         return None
 
-    def fill(self, pipelines: list[Pipeline], serves: Serves) -> None:
+    def fill(self, pipelines: list[Pipeline]) -> None:
         """Sends queries where the fewest are under way, until no more may be sent."""
-        pipelines = pipelines.copy()
         while pipelines and self.queue.waiting:
             pipeline = min(pipelines, key=lambda pipeline: len(pipeline.sent))
             if len(pipeline.sent) >= self.depth:
                 return
-            if pipeline.state is not State.ACTIVE:  # send() has found that its connection is lost
-                pipelines.remove(pipeline)
-            elif query := self.queue.take(pipeline, serves):
+            # It is not active any more when send() has found that its connection is lost.
+            query = self.queue.take(pipeline) if pipeline.state is State.ACTIVE else None
+            if query:
                 pipeline.send(query)
             else:  # by rule 4 another pipeline may still take one
                 pipelines.remove(pipeline)
@@ -133,9 +127,36 @@ class PipelinePool:
     def open_pipeline(self) -> None:
         """Opens a pipeline, unless there are enough or one waits for its connection already."""
         is_acquiring = any(each.state is State.ACQUIRING for each in self.pipelines)
-        if len(self.pipelines) < self.size and not is_acquiring:
+        # A tenant alone may not use the last one (rule 4). Beside a slow one it is for others.
+        is_shared = len(self.queue.tenants) > 1 or self.queue.slow
+        size = self.size if is_shared else max(self.size - 1, 1)
+        if len(self.pipelines) < size and not is_acquiring:
             pipeline = Pipeline(self)
-            self.pipelines[pipeline] = asyncio.create_task(pipeline.run())
+            self.pipelines[pipeline] = asyncio.create_task(self.run(pipeline))
+
+    async def run(self, pipeline: Pipeline) -> None:
+        """The life of a pipeline. After one that has failed, the next one is opened later."""
+        try:
+            await pipeline.run()
+        except Exception:
+            log.exception("a pipeline has failed")
+            await asyncio.sleep(1)
+        finally:
+            del self.pipelines[pipeline]
+        self.dispatch()
+
+    # What a pipeline asks, because it knows no other...
+
+    def is_connection_wanted(self) -> bool:
+        """Whether more wait for a connection than pipelines acquire one or will release one."""
+        inactive = sum(each.state is not State.ACTIVE for each in self.pipelines)
+        return self.connections.get_stats()["requests_waiting"] > inactive
+
+    def drain(self) -> None:
+        """Ends all pipelines, because since a failover each may lead to a standby."""
+        for pipeline in self.pipelines:
+            if pipeline.state is State.ACTIVE:
+                pipeline.advance(State.DRAINING)
 
     def retry(self, query: Query, error: Exception, conflict: bool = False) -> None:
         """Queues a query for another attempt, or gives it its error after too many."""

@@ -5,23 +5,21 @@ tenant sends must not decide how long another one waits.
 """
 
 import asyncio
-from bisect import bisect_left, insort
+from bisect import insort
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from time import monotonic
-from typing import Literal
 
 from pgpipeline.errors import Unavailable
 from pgpipeline.result import Result
 from pgpipeline.statement import Statement
 
 STEP = 4  # places between two queries of a tenant, at least
-FEW = 4  # queries of a tenant under way, while the pool serves others as well
+FEW = 4  # queries of a tenant under way, while others wait
 SLOW_MEMORY = 2.0  # seconds for which a tenant counts as slow after a slow query
 MAX_QUEUE = 2000  # queries that may wait; a request weighs some 20 KB
-
-Serves = Literal["all", "slow", "quick"]  # the tenants whose queries a pipeline takes
 
 
 @dataclass(slots=True, eq=False)
@@ -54,9 +52,7 @@ class Query:
             self.result.set_exception(error)
 
 
-def first_place(tenant: Tenant) -> int:
-    """The place of the query that is sent next."""
-    return tenant.line[0].place
+place_of = attrgetter("place")
 
 
 class Queue:
@@ -66,8 +62,9 @@ class Queue:
         self.size = size
         self.tenants: dict[str, Tenant] = {}  # that have queries, or are slow
         self.waiting: set[Query] = set()
-        self.turns: list[Tenant] = []  # whose line is not empty, sorted by its first_place()
+        self.heads: list[Query] = []  # the first query of each line, sorted by place
         self.slow: dict[Tenant, float] = {}  # until when, on the clock of time.monotonic()
+        self.for_slow: Hashable = None  # the pipeline that is kept for them, and no other tenant
         self.next_place = 0  # of a tenant without queries; never before one that was sent
 
     # Queries that come, and queries that leave without having been sent...
@@ -75,44 +72,37 @@ class Queue:
     def append(self, query: Query) -> None:
         """Adds a query to its tenant's line. When the queue is full, the longest line gives way."""
         name = query.tenant_name
-        if name not in self.tenants:  # it may also have been forgotten between two attempts
-            self.tenants[name] = Tenant(name)
-        tenant = query.tenant = self.tenants[name]
-        self.waiting.add(query)
-        if query.attempts > 1:  # it keeps its place, which is before those of the others
-            if tenant.line:
-                self.leave_turns(tenant)
-            tenant.line.appendleft(query)
-        else:
+        tenant = query.tenant = self.tenants.setdefault(name, Tenant(name))
+        if query.attempts == 1:  # one that is sent again keeps its place
             query.place = tenant.last_place = max(self.next_place, tenant.last_place + STEP)
             if query.place == self.next_place:  # a burst takes no places away from others
                 self.next_place += 1
-            tenant.line.append(query)
+        self.waiting.add(query)
+        if tenant.line and query.place < tenant.line[0].place:
+            self.heads.remove(tenant.line[0])
+        insort(tenant.line, query, key=place_of)
         if query is tenant.line[0]:
-            insort(self.turns, tenant, key=first_place)
+            insort(self.heads, query, key=place_of)
         if len(self.waiting) > MAX_QUEUE:
             self.shed()
 
     def shed(self) -> None:
-        """Refuses the last query of the longest line."""
-        query = max(self.tenants.values(), key=lambda tenant: len(tenant.line)).line[-1]
+        """Refuses the last query of the longest line. Of equal ones, that of the last to come."""
+        lines = (tenant.line for tenant in self.tenants.values() if tenant.line)
+        query = max(lines, key=lambda line: (len(line), line[-1].place))[-1]
         self.remove(query)
         query.fail(Unavailable("the queue is full"))
 
     def remove(self, query: Query) -> None:
         """Takes a query that waits out of its line."""
-        tenant = query.tenant
+        line, head = query.tenant.line, query.tenant.line[0]
         self.waiting.remove(query)
-        self.leave_turns(tenant)
-        tenant.line.remove(query)
-        if tenant.line:
-            insort(self.turns, tenant, key=first_place)
-        self.forget(tenant)
-
-    def leave_turns(self, tenant: Tenant) -> None:
-        """Takes a tenant out of `turns`, where it is found by its line as it is now."""
-        start = bisect_left(self.turns, first_place(tenant), key=first_place)
-        del self.turns[self.turns.index(tenant, start)]
+        line.remove(query)
+        if query is head:
+            self.heads.remove(query)
+            if line:
+                insort(self.heads, line[0], key=place_of)
+        self.forget(query.tenant)
 
     def forget(self, tenant: Tenant) -> None:
         """Forgets a tenant without queries, unless it is slow."""
@@ -121,38 +111,43 @@ class Queue:
 
     # Queries that are sent...
 
-    def take(self, pipeline: Hashable, serves: Serves) -> Query | None:
+    def take(self, pipeline: Hashable) -> Query | None:
         """Takes the next query that may go to a pipeline. None if there is none."""
-        for index, tenant in enumerate(self.turns):
-            if self.may_send(tenant, pipeline, serves):
-                del self.turns[index]
-                query = tenant.line.popleft()
-                if tenant.line:
-                    insort(self.turns, tenant, key=first_place)
-                self.waiting.remove(query)
-                self.next_place = max(self.next_place, query.place)
-                tenant.under_way.append(pipeline)
+        query = self.find(pipeline)
+        if query:
+            query.tenant.under_way.append(pipeline)
+            self.remove(query)
+            self.next_place = max(self.next_place, query.place)
+        return query
+
+    def find(self, pipeline: Hashable) -> Query | None:
+        """The next query that may go to a pipeline."""
+        for query in self.heads:
+            if self.may_send(query.tenant, pipeline):
                 return query
         return None
 
-    def may_send(self, tenant: Tenant, pipeline: Hashable, serves: Serves) -> bool:
+    def may_send(self, tenant: Tenant, pipeline: Hashable) -> bool:
         """Whether a tenant's next query may go to a pipeline."""
         is_slow = tenant in self.slow
-        if serves == ("quick" if is_slow else "slow"):
+        if self.for_slow and is_slow != (pipeline is self.for_slow):
             return False
         if not tenant.under_way:
             return True
-        has_many = len(tenant.under_way) >= FEW and len(self.tenants) > 1
-        if is_slow or has_many:  # rules 3 and 2
+        if is_slow:  # rule 3
             return False
-        most = self.size - 1 if serves == "all" else self.size - 2  # pipelines, by rule 4
+        tenants = (query.tenant for query in self.heads)
+        rivals = (each for each in tenants if each is not tenant and each not in self.slow)
+        if len(tenant.under_way) >= FEW and any(rivals):  # rule 2
+            return False
+        most = self.size - 2 if self.for_slow else self.size - 1  # pipelines, by rule 4
         return pipeline in tenant.under_way or len(set(tenant.under_way)) < most
 
     def ended(self, query: Query, pipeline: Hashable, quickly: bool) -> None:
         """Notes that a query is no longer under way."""
         tenant = query.tenant
         tenant.under_way.remove(pipeline)
-        if quickly:
+        if quickly and not tenant.under_way:  # nothing else of it may be slow now
             self.slow.pop(tenant, None)  # all may have been slow for a moment
         self.forget(tenant)
 

@@ -16,7 +16,7 @@ from psycopg.pq import ConnStatus
 
 from pgpipeline import ConnectionPool, PipelinePool, Result, Statement, Unavailable, UnexpectedError
 from pgpipeline.connection import Connection
-from pgpipeline.pipeline import Pipeline
+from pgpipeline.pipeline import Pipeline, State
 from pgpipeline.queue import Query
 from pgpipeline.tests.conftest import OTHERS, ask, pool_of, start, value
 
@@ -123,6 +123,7 @@ async def test_a_pipeline_that_is_cancelled_often_loses_neither_query_nor_connec
         for _ in range(3):
             task.cancel()
             await asyncio.sleep(0.01)
+        assert State.ACTIVE not in {pipeline.state for pipeline in pool.pipelines}
     async with asyncio.timeout(2):
         assert [result.rows for result in await asyncio.gather(*queries)] == [[(b"1",)]] * under_way
     await asyncio.sleep(0.3)
@@ -179,6 +180,27 @@ async def test_a_write_is_made_though_all_connections_lead_to_a_standby(table: s
         assert len(pool.pipelines) == 3
         assert (await ask(pool, "INSERT INTO stored VALUES (1) RETURNING n")).rows == [(b"1",)]
         await pool.close()
+
+
+async def test_a_database_that_refuses_each_write_costs_few_connections(table: str) -> None:
+    standby = make_conninfo(table, options="-c default_transaction_read_only=on")
+    async with pool_of(standby) as pool:
+        await open_all(pool)
+        for _ in range(4):
+            with pytest.raises(Unavailable):
+                await ask(pool, "INSERT INTO stored VALUES (1) RETURNING n")
+        assert pool.connections.get_stats()["connections_num"] < 35
+
+
+async def test_a_mistake_in_our_code_is_logged_with_its_traceback(
+    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await ask(pool, "SELECT 1")
+    with monkeypatch.context() as broken:
+        broken.setattr(Pipeline, "handle", None)
+        with pytest.raises(Unavailable):
+            await ask(pool, "INSERT INTO absent VALUES (1)")
+    assert "TypeError: 'NoneType' object is not callable" in caplog.text
 
 
 async def test_a_statement_that_could_not_be_prepared_is_prepared_later(
@@ -290,8 +312,6 @@ async def test_without_connections_queries_fail_by_the_deadline_and_nothing_spin
 
     monkeypatch.setattr(ConnectionPool, "acquire", count_acquire)
     monkeypatch.setattr(ConnectionPool, "getconn", count_getconn)
-    if why == "broken":
-        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     if why != "not open":
         await connections.open()
     if why == "closed":
@@ -305,6 +325,20 @@ async def test_without_connections_queries_fail_by_the_deadline_and_nothing_spin
     assert len(caplog.records) < 30, caplog.text
     await pool.close()
     await connections.close()
+
+
+async def test_after_a_pipeline_has_failed_queries_are_sent_by_another(
+    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve, failures = Pipeline.serve, iter([RuntimeError])
+
+    async def fail_once(self: Pipeline) -> None:
+        for failure in failures:
+            raise failure
+        await serve(self)
+
+    monkeypatch.setattr(Pipeline, "serve", fail_once)
+    assert (await ask(pool, "SELECT 1")).rows == [(b"1",)]
 
 
 async def test_one_pipeline_at_a_time_waits_for_its_connection(database: str) -> None:

@@ -88,6 +88,12 @@ async def test_a_query_whose_result_cannot_be_made_fails_at_once(database: str) 
     assert one.rows == other.rows == [(b"1",)]
 
 
+async def test_a_copy_fails_and_hangs_nothing(pool: PipelinePool) -> None:
+    with pytest.raises(Unavailable):
+        await ask(pool, "COPY (SELECT 1) TO STDOUT")
+    assert (await ask(pool, "SELECT 1")).rows == [(b"1",)]
+
+
 async def test_a_write_is_acknowledged_when_it_is_committed_and_not_when_its_rows_come(
     pool: PipelinePool, table: str
 ) -> None:
@@ -143,7 +149,7 @@ async def test_a_query_is_sent_so_often_and_no_more(
     assert value(table, "SELECT last_value FROM calls") == attempts
 
 
-@pytest.mark.parametrize("code", ["40001", "08006", "53300", "55P03", "25006"])
+@pytest.mark.parametrize("code", ["40001", "08006", "53300", "55P03", "25006", "26000", "42P05"])
 async def test_what_may_pass_is_unavailable(
     pool: PipelinePool, table: str, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
@@ -175,8 +181,13 @@ async def test_the_text_of_an_error_may_be_a_users_and_is_not_repeated(
 # Time.
 
 
-async def test_a_query_that_takes_no_turn_from_others_may_take_longer(pool: PipelinePool) -> None:
-    assert await ask(pool, "SELECT 1 FROM pg_sleep(1.5)")
+@pytest.mark.parametrize("bursts", ["", "a"])
+async def test_a_query_that_takes_no_turn_from_others_may_take_longer(
+    pool: PipelinePool, bursts: str
+) -> None:
+    bob = await start(pool, "SELECT 1 FROM pg_sleep(1.5)", "bob")
+    with users(pool, bursts, "SELECT 1 FROM pg_sleep(0.001)", at_once=60):
+        assert await bob
 
 
 async def test_a_slow_query_is_cancelled_when_others_wait(database: str) -> None:
@@ -239,8 +250,11 @@ async def test_when_a_pool_is_closed_queries_fail_that_wait_or_are_under_way(
     async with pool_of(database, size=1, depth=1) as pool:
         queries = [await start(pool, "SELECT 1 FROM pg_sleep(30)") for _ in range(2)]
     async with asyncio.timeout(1):
-        assert {type(result) for result in await outcomes(*queries)} == {Unavailable}
+        results = await outcomes(*queries, ask(pool, "SELECT 1"))
+    assert {type(result) for result in results} == {Unavailable}
+    assert [str(result) for result in results[1:]] == ["the pool is closed"] * 2
     assert not pool.pipelines
+    assert pool.connections.drained_at < 0  # other pools may use them
 
 
 async def test_nothing_is_left_of_queries_however_they_end(
@@ -260,7 +274,7 @@ async def test_nothing_is_left_of_queries_however_they_end(
         assert (await ask(pool, "SELECT 1")).rows
         await asyncio.sleep(0.3)
         assert (pool.queue.tenants, pool.queue.waiting, pool.pipelines) == ({}, set(), {})
-        assert pool.queue.turns == []
+        assert pool.queue.heads == []
 
 
 # Fairness.
@@ -342,15 +356,27 @@ async def test_a_value_larger_than_the_sockets_buffer_is_sent_without_pauses(
     assert time.monotonic() - started < 1.5
 
 
-async def test_a_pool_has_so_many_pipelines_and_each_so_many_queries(database: str) -> None:
-    async with pool_of(database, size=2, depth=3) as pool:
-        calls = [ask(pool, "SELECT 1 FROM pg_sleep(0.01)", f"{n}") for n in range(100)]
+@pytest.mark.parametrize(
+    ("size", "depth", "tenants", "pipelines"), [(2, 3, 100, 2), (2, 1, 100, 2), (2, 3, 1, 1)]
+)
+async def test_a_pool_has_so_many_pipelines_and_each_so_many_queries(
+    database: str, size: int, depth: int, tenants: int, pipelines: int
+) -> None:
+    async with pool_of(database, size, depth) as pool:
+        calls = [ask(pool, "SELECT 1 FROM pg_sleep(0.01)", f"{n % tenants}") for n in range(100)]
         work, seen = asyncio.gather(*calls), set[tuple[int, int]]()
         while not work.done():
             lengths = [len(pipeline.sent) for pipeline in pool.pipelines]
             seen.add((len(lengths), max(lengths, default=0)))
             await asyncio.sleep(0)
-    assert (max(n for n, _ in seen), max(longest for _, longest in seen)) == (2, 3)
+    assert max(n for n, _ in seen) == pipelines
+    assert max(longest for _, longest in seen) == depth
+
+
+@pytest.mark.parametrize(("size", "depth"), [(0, 1), (1, 0)])
+async def test_a_pool_without_pipelines_or_depth_is_refused(size: int, depth: int) -> None:
+    with pytest.raises(ValueError, match="1 or more"):
+        PipelinePool(ConnectionPool("", max_size=1), size, depth)
 
 
 async def test_queries_that_come_in_one_turn_of_the_loop_are_dispatched_together(

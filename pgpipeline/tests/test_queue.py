@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pytest
 
 from pgpipeline import Statement, Unavailable
-from pgpipeline.queue import FEW, Query, Queue, Serves
+from pgpipeline.queue import FEW, Query, Queue
 
 pytestmark = pytest.mark.anyio
 SELECT = Statement("SELECT", "SELECT 1")
@@ -21,9 +21,9 @@ def append(queue: Queue, tenants: Iterable[str]) -> list[Query]:
     return queries
 
 
-def take(queue: Queue, pipeline: int, serves: Serves = "all") -> list[Query]:
+def take(queue: Queue, pipeline: int) -> list[Query]:
     """All queries that may go to a pipeline now."""
-    return list(iter(lambda: queue.take(pipeline, serves), None))
+    return list(iter(lambda: queue.take(pipeline), None))
 
 
 def names(queries: list[Query]) -> str:
@@ -50,27 +50,28 @@ async def test_queries_are_sent_in_their_order_but_a_burst_waits_for_the_others(
 async def test_whoever_sent_nothing_before_has_no_turns_to_catch_up() -> None:
     queue = Queue(size=2)
     for query in append(queue, "a" * 100)[:50]:
-        assert queue.take(1, "all") is query
+        assert queue.take(1) is query
         queue.ended(query, 1, quickly=True)
     append(queue, "bbbb")
-    assert names(take(queue, 1)) == "babababa"
+    assert names(take(queue, 1)[:8]) == "babababa"
 
 
-async def test_a_tenant_has_few_queries_under_way_while_others_are_served() -> None:
+async def test_a_tenant_has_few_queries_under_way_while_others_wait() -> None:
     queue = Queue(size=2)
-    append(queue, "a" * 10 + "b")
-    taken = take(queue, 1)
-    assert names(taken) == "ab" + "a" * (FEW - 1)
-    queue.ended(taken[0], 1, quickly=True)
-    assert names(take(queue, 1)) == "a"
+    queries = append(queue, "a" * 10 + "b" * 10)
+    assert sorted(names(take(queue, 1))) == ["a"] * FEW + ["b"] * FEW
+    for query in queries[10 + FEW :]:
+        queue.remove(query)
+    assert names(take(queue, 1)) == "a" * (10 - FEW)
 
 
 async def test_a_slow_tenant_has_one_query_under_way_on_the_pipeline_for_slow_ones() -> None:
     queue = Queue(size=3)
     slow = append(queue, "aaab")[0]
     queue.found_slow(slow.tenant)
-    assert names(take(queue, 1, serves="quick")) == "b"
-    assert take(queue, 2, serves="slow") == [slow]
+    queue.for_slow = 2
+    assert names(take(queue, 1)) == "b"
+    assert take(queue, 2) == [slow]
 
 
 async def test_a_tenant_is_slow_no_longer_after_some_seconds(
@@ -83,21 +84,34 @@ async def test_a_tenant_is_slow_no_longer_after_some_seconds(
     assert names(take(queue, 1)) == "aa"
 
 
+async def test_a_tenant_is_slow_while_one_of_its_queries_is() -> None:
+    queue = Queue(size=3)
+    slow, quick, later = append(queue, "aaa")
+    assert take(queue, 1) == [slow, quick, later]
+    queue.found_slow(slow.tenant)
+    queue.ended(quick, 1, quickly=True)
+    assert slow.tenant in queue.slow
+    queue.ended(slow, 1, quickly=False)
+    queue.ended(later, 1, quickly=True)
+    assert not queue.slow
+
+
 @pytest.mark.parametrize(("size", "used"), [(1, 1), (2, 1), (3, 2), (5, 4)])
 async def test_a_tenant_has_queries_on_all_pipelines_but_one(size: int, used: int) -> None:
     queue = Queue(size)
     append(queue, "a" * 20)
-    taken = [bool(queue.take(pipeline, "all")) for pipeline in range(size)]
+    taken = [bool(queue.take(pipeline)) for pipeline in range(size)]
     assert taken == [True] * used + [False] * (size - used)
-    assert queue.take(0, "all")  # where it has some already
+    assert queue.take(0)  # where it has some already
 
 
-async def test_when_the_queue_is_full_the_longest_line_gives_way(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("came", "refused"), [("aaaabcd", 3), ("abcdefg", 6)])
+async def test_when_the_queue_is_full_the_longest_line_gives_way_and_of_equal_ones_the_latest(
+    monkeypatch: pytest.MonkeyPatch, came: str, refused: int
 ) -> None:
     monkeypatch.setattr("pgpipeline.queue.MAX_QUEUE", 6)
     queue = Queue(size=2)
-    *_, last, b, c, d = append(queue, "aaaabcd")
-    assert isinstance(last.result.exception(), Unavailable)
-    assert not any(query.result.done() for query in (b, c, d))
+    queries = append(queue, came)
+    assert isinstance(queries[refused].result.exception(), Unavailable)
+    assert [query for query in queries if query.result.done()] == [queries[refused]]
     assert len(queue.waiting) == 6
