@@ -71,12 +71,13 @@ async def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
     assert value(table, "SELECT count(*) FROM stored") == 1
 
 
-async def test_queries_that_are_sent_again_keep_their_order(pool: PipelinePool, table: str) -> None:
+async def test_queries_that_are_sent_again_keep_their_order(table: str) -> None:
     sql = "INSERT INTO stored SELECT %(n)s::integer FROM pg_sleep(0.3)"
-    queries = [asyncio.create_task(ask(pool, sql, n=n)) for n in range(4)]
-    await asyncio.sleep(0.1)
-    value(table, END["terminate"])
-    await asyncio.gather(*queries)
+    async with pool_of(table, size=1, depth=2) as pool:
+        queries = [asyncio.create_task(ask(pool, sql, n=n)) for n in range(4)]
+        await asyncio.sleep(0.2)
+        value(table, END["terminate"])
+        await asyncio.gather(*queries)
     assert value(table, "SELECT array_agg(n) FROM stored") == [0, 1, 2, 3]
 
 

@@ -105,7 +105,7 @@ async def test_a_tenant_has_queries_on_all_pipelines_but_one(size: int, used: in
     assert queue.take(0)  # where it has some already
 
 
-@pytest.mark.parametrize(("came", "refused"), [("aaaabcd", 3), ("abcdefg", 6)])
+@pytest.mark.parametrize(("came", "refused"), [("aabcdef", 1), ("abcdefg", 6)])
 async def test_when_the_queue_is_full_the_longest_line_gives_way_and_of_equal_ones_the_latest(
     monkeypatch: pytest.MonkeyPatch, came: str, refused: int
 ) -> None:
