@@ -3,8 +3,8 @@
     limiter = RateLimiter(storage_uri="")
     await limiter.hit("login", parse_limit("10/minute"), "ann@example.com")  # HTTPProblem(429)
 
-A dict counts in 1 us, where MemoryStorage of the library `limits` takes 5 to 10 and has no bound.
-With a URI `limits` counts in Redis for all instances, and the dict while Redis fails or is slow.
+A dict counts, in 1 us. With a URI Redis counts for all instances, by one question for each hit, and
+the dict counts while Redis fails or is slow.
 Windows are fixed, so that around the border of two twice the limit may pass.
 """
 
@@ -12,7 +12,7 @@ import asyncio
 import logging
 from ipaddress import ip_address, ip_network
 from math import ceil
-from time import monotonic, time
+from time import monotonic
 from typing import Any, NamedTuple
 
 from lib.problems import HTTPProblem
@@ -23,6 +23,12 @@ TIMEOUT = 1.0  # seconds after which a question is given up
 MAX_FAILURES = 3  # of Redis in a row: errors, and answers after PATIENCE
 PAUSE = 5.0  # seconds between two questions from then on
 UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
+# For Redis. A script is atomic, so that no counter stays without the end of its window.
+COUNT = """
+local count = redis.call('INCR', KEYS[1])
+if count == 1 then redis.call('EXPIRE', KEYS[1], ARGV[1]) end
+return {count, redis.call('PTTL', KEYS[1])}
+"""
 LIMIT = r"[1-9]\d{0,8} ?/ ?(?:second|minute|hour|day)"  # what parse_limit() takes
 
 log = logging.getLogger("ratelimit")
@@ -46,7 +52,7 @@ class RateLimiter:
 
     def __init__(self, storage_uri: str = "") -> None:
         self.windows: dict[str, tuple[float, dict[str | int, int]]] = {}  # by name: end, counters
-        self.shared: Any = connect(storage_uri) if storage_uri else None
+        self.redis: Any = connect(storage_uri) if storage_uri else None
         self.failures = 0  # of Redis in a row
         self.retry_at = 0.0  # when one request may ask it again, after MAX_FAILURES
 
@@ -54,11 +60,12 @@ class RateLimiter:
         """Counts one for the first key. Raises HTTPProblem(429) above the limit, if there is one.
 
         Further keys are coarser, such as an address's networks: each counts where there is no room
-        for those before it. So whoever invents keys shares a limit, and nobody else is refused.
+        for those before it. So whoever invents keys shares a limit. Where no key finds room, keys
+        share MAX_COUNTERS counters at random, so that a key's first hit may be refused.
         """
         if limit is None:
             return
-        wait = await self.ask(name, limit, keys[0]) if self.shared else None
+        wait = await self.ask(name, limit, keys[0]) if self.redis else None
         if wait is None:
             wait = self.count(name, limit, keys)
         if wait:
@@ -79,47 +86,44 @@ class RateLimiter:
         for level, key in enumerate(keys, 1):
             if key in counters or len(counters) < level * MAX_COUNTERS:
                 break
-        else:  # no key finds room, so that some share one
+        else:
             key = hash(keys[-1]) % MAX_COUNTERS
         counters[key] = counters.get(key, 0) + 1
         return ends - now if counters[key] > limit.amount else 0.0
 
     async def ask(self, name: str, limit: Limit, key: str) -> float | None:
         """As count(), in Redis. None if it fails, is slower than PATIENCE, or was so of late."""
-        if self.failures >= MAX_FAILURES and monotonic() < self.retry_at:
+        is_given_up = self.failures >= MAX_FAILURES
+        if is_given_up and monotonic() < self.retry_at:
             return None
-        self.retry_at = monotonic() + PAUSE  # no other asks before this one has its answer
+        self.retry_at = monotonic() + PAUSE  # one request in PAUSE asks until one is answered
         # A question goes on after that: a connection may take longer to make, and serves others.
         question = asyncio.create_task(self.count_in_redis(name, limit, key))
         done, _ = await asyncio.wait([question], timeout=PATIENCE)
         answer = question.result() if done else None
         self.failures = 0 if answer is not None else self.failures + 1
-        if self.failures == MAX_FAILURES:
+        if is_given_up and answer is not None:
+            log.warning("Redis counts again, for all instances")
+        elif self.failures == MAX_FAILURES:
             log.warning("Redis fails or is slow: this instance counts by itself")
         return answer
 
     async def count_in_redis(self, name: str, limit: Limit, key: str) -> float | None:
-        from limits import RateLimitItemPerSecond
-
-        item = RateLimitItemPerSecond(*limit)
         try:
             async with asyncio.timeout(TIMEOUT):
-                if await self.shared.hit(item, name, key):
-                    return 0.0
-                window = await self.shared.get_window_stats(item, name, key)
-                return max(float(window.reset_time) - time(), 0) + 0.5  # Redis rounds its seconds
+                place = f"ratelimit:{name}:{key}"
+                count, left = await self.redis.eval(COUNT, 1, place, limit.seconds)
         except Exception as error:
             log.warning("rate limit storage failed: %s", type(error).__name__)
             return None
+        return max(left, 1) / 1000 if count > limit.amount else 0.0  # of milliseconds
 
 
 def connect(uri: str) -> Any:
-    """What counts behind a URI. Imported here, because `limits` takes 1.6 MB."""
-    from limits.aio.strategies import FixedWindowRateLimiter
-    from limits.storage import storage_from_string
+    """A client of Redis. Imported here, because it takes 7 MB."""
+    from redis.asyncio import from_url
 
-    storage: Any = storage_from_string("async+" + uri, implementation="redispy")
-    return FixedWindowRateLimiter(storage)
+    return from_url(uri)
 
 
 def networks(address: str) -> list[str]:
