@@ -1,4 +1,5 @@
-"""Logs: a line of JSON on standard output for each record. Nobody waits for whoever reads them.
+"""Logs: a line of JSON on standard output for each record. Nobody waits for whoever reads them,
+except at a terminal that stands still, or where processes share a full pipe.
 
 A line is written whole, now or with a later one, or it is dropped whole and counted. Processes that
 share a pipe do not mix lines of up to PIPE_BUF bytes, which only a long trace exceeds.
@@ -11,7 +12,6 @@ import os
 import select
 import threading
 import traceback
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-MAX_WAITING = 1_000_000  # bytes of lines that wait for the reader; further lines are dropped
+MAX_WAITING = 1_000_000  # bytes that wait for the reader; further lines are dropped
 LAST_WAIT = 0.1  # seconds that the end of the process waits for the reader
 
 
@@ -33,21 +33,23 @@ class Output:
         self.fd, self.waiting, self.dropped = fd, bytearray(), 0
         self.room = select.poll()
         self.room.register(fd, select.POLLOUT)
-        self.lock = threading.RLock()  # the garbage collector may log while write() runs
+        self.lock = threading.Lock()  # held by whoever writes to the descriptor
 
     def write(self, line: bytes) -> None:
-        with self.lock:
-            if len(self.waiting) < MAX_WAITING:
-                self.waiting += line
-            else:
-                self.dropped += 1
-            self.flush()
+        if len(self.waiting) < MAX_WAITING:
+            self.waiting += line
+        else:
+            self.dropped += 1
+        self.flush()
 
     def flush(self, seconds: float = 0) -> None:
         """Writes what waits, as far as there is room within so many seconds."""
         end = monotonic() + seconds
-        # The disk may be full, or the reader gone. A later line goes on at the byte that failed.
-        with self.lock, suppress(OSError):
+        # Whoever has the lock writes this line too, or whoever logs next. It may be this thread: a
+        # signal or the garbage collector may log before what was written is deleted.
+        if not self.lock.acquire(timeout=seconds):
+            return
+        try:
             while self.waiting and self.room.poll(max(0, end - monotonic()) * 1000):
                 # As many whole lines as fit into PIPE_BUF, or a part of one that does not fit.
                 size = self.waiting.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF
@@ -56,6 +58,10 @@ class Output:
                     lost = {"message": "log lines dropped", "lines": self.dropped}
                     self.waiting += encode("WARNING", lost)
                     self.dropped = 0
+        except OSError:  # a full disk, or no reader: a later call goes on at that byte
+            pass
+        finally:
+            self.lock.release()
 
 
 output = Output(1)
@@ -74,11 +80,6 @@ def write(level: str, fields: dict[str, Any]) -> None:
     output.write(encode(level, fields))
 
 
-def flush() -> None:
-    """Waits up to LAST_WAIT for room, before os._exit() or a signal ends the process."""
-    output.flush(LAST_WAIT)
-
-
 class JsonHandler(logging.Handler):
     """Of an exception it keeps the type and the places: the message may repeat what a user sent."""
 
@@ -95,9 +96,6 @@ class JsonHandler(logging.Handler):
 
 
 def configure() -> None:
-    """Sends all records through JsonHandler, except uvicorn's access log: ours says more."""
+    """Sends all records through JsonHandler."""
     logging.basicConfig(level=logging.INFO, handlers=[JsonHandler()], force=True)
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = name != "uvicorn.access"
-    atexit.register(flush)
+    atexit.register(output.flush, LAST_WAIT)

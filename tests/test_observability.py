@@ -44,6 +44,23 @@ def test_lines_that_a_full_disk_refused_are_whole_when_it_has_room_again(
     assert written == ["x", "y"]
 
 
+def test_a_line_logged_while_another_is_written_doubles_neither(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real, messages = os.write, iter("y")
+
+    def write(fd: int, data: bytes) -> int:
+        size = real(fd, data)
+        for message in messages:  # as the garbage collector or a signal's handler may
+            logs.write("INFO", {"message": message})
+        return size
+
+    monkeypatch.setattr(os, "write", write)
+    logs.write("INFO", {"message": "x"})
+    written = [json.loads(line)["message"] for line in capfd.readouterr().out.splitlines()]
+    assert written == ["x", "y"]
+
+
 def test_half_of_a_surrogate_pair_costs_no_line(capfd: pytest.CaptureFixture[str]) -> None:
     logs.write("INFO", {"message": "request", "reason": "no key for \ud800é"})
     line = json.loads(capfd.readouterr().out)
