@@ -23,18 +23,18 @@ from lib.state import state_of
 from lib.tokens import TokenVerifier
 
 ALGORITHMS = ("EdDSA", "ES256", "RS256")  # of JWT_JWKS_URL
-MAX_TOKEN = 8192  # bytes: a longer token is refused unread
+MAX_TOKEN = 8192  # bytes: a longer token is not read
 MAX_USER_ID = 255  # characters, as in schema.sql
 CLOCK_SKEW = 10  # seconds that an issuer's clock may be ahead (iat, nbf); exp is exact
 TOKEN_LIFETIME = 86_400  # seconds: nobody can take a token back, so it ends after a day
-TOKEN_CACHE_TTL = 60  # seconds: to look a token up takes 1 us, to verify it 34 to 136
+TOKEN_CACHE_TTL = 60  # seconds: to look it up takes 1 us, to verify it 34 to 136
 TOKEN_CACHE_SIZE = 10_000  # tokens, of 260 bytes each
 BCRYPT_COST = 12  # 0.24 s of a core
 MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # hashed at once, and waiting: 20 / 2 * 0.24 s
 ACCOUNT_LIMIT = parse_limit("10/minute")  # attempts with one e-mail
 ADDRESS_LIMIT = parse_limit("100/minute")  # from one IPv4 or IPv6 /64; wider if counters run out
 # form() refuses what does not match, such as a list for a NAME or `exp` for a CLAIM.
-URL, REDIS = rf"https?://{HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
+URL, REDIS = rf"https?://(?![^/]*@){HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
 NAME, CLAIM = r"(?!https?:/*$)[^\s,]+", r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+"
 UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 
@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     jwt_secret: Secret = ""  # signs and verifies HS256 tokens; with it there are accounts
     better_auth_secret: Secret = ""  # verifies them where jwt_secret is not set
     # The URL of an issuer's keys. `iss` and `aud`, if set, are required of every token.
-    jwt_jwks_url: Annotated[str, form(URL, "is not an http or https URL")] = ""
+    jwt_jwks_url: Annotated[str, form(URL, "is not an http or https URL without a user")] = ""
     jwt_issuer: Annotated[str, form(NAME, "is not one `iss` of a token")] = ""
     jwt_audience: Annotated[str, form(NAME, "is not one `aud` of a token")] = ""
     jwt_user_claim: Annotated[str, form(CLAIM, "cannot name the user")] = "sub"
@@ -62,8 +62,10 @@ ACCOUNTS = bool(settings.jwt_secret) and settings.accounts != "off"
 USER_LIMIT = None if settings.rate_limit == "off" else parse_limit(settings.rate_limit)
 
 limiter = RateLimiter(settings.rate_limit_storage_uri)
-rules = (ISSUER, AUDIENCE, USER_CLAIM, MAX_TOKEN, MAX_USER_ID, CLOCK_SKEW)  # for tokens
-verifier = TokenVerifier(SECRET, KeySet(JWKS_URL, ALGORITHMS), *rules)
+verifier = TokenVerifier(
+    secret=SECRET, key_set=KeySet(JWKS_URL, ALGORITHMS), issuer=ISSUER, audience=AUDIENCE,
+    user_claim=USER_CLAIM, max_token=MAX_TOKEN, max_user_id=MAX_USER_ID, clock_skew=CLOCK_SKEW,
+)  # fmt: skip
 passwords = Passwords(BCRYPT_COST, MAX_HASHING, MAX_HASHING_QUEUE)
 
 
@@ -79,14 +81,14 @@ def check_settings() -> None:
 
 # Tokens. Of an error, `description` goes into WWW-Authenticate, and `reason` into the log.
 
-# Maps the SHA-256 of a token to its user, and to the time() from which it is verified again.
+# By the SHA-256 of a token: its user, and the time() from which it is verified again.
 verified: dict[bytes, tuple[str, float]] = {}
 
 
 async def user_of(token: str) -> str:
     """The user id of a JWT, which is verified again after TOKEN_CACHE_TTL.
 
-    Raises Unauthorized, and HTTPProblem(503) while the issuer's keys are out of reach.
+    Raises what verifier.verify() does.
     """
     digest, now = hashlib.sha256(token.encode()).digest(), time()
     user_id, until = verified.get(digest, ("", 0.0))

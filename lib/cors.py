@@ -38,13 +38,13 @@ class CORS(CORSMiddleware):
         self.setting, self.respond = setting, respond
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
-        is_plain = not self.allow_origins and scope.get("method") != "OPTIONS"  # saves 20 us
-        return (self.app if is_plain else self.answer)(scope, receive, send)
+        adds_nothing = not self.allow_origins and scope.get("method") != "OPTIONS"  # saves 20 us
+        return (self.app if adds_nothing else self.answer)(scope, receive, send)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: Any = Headers(scope=scope) if scope.get("method") == "OPTIONS" else {}
-        asks = "origin" in headers and "access-control-request-method" in headers
-        if asks and not self.is_allowed_origin(headers["origin"]):
+        is_preflight = "origin" in headers and "access-control-request-method" in headers
+        if is_preflight and not self.is_allowed_origin(headers["origin"]):
             text = f"{self.setting} does not have the origin of this page"
             problem = HTTPProblem(400, text, "origin_not_allowed", reason=text)
             response = await self.respond(Request(scope), problem)
@@ -56,17 +56,18 @@ def cors(origins: str, setting: str, respond: Respond) -> Middleware:
     """CORS for origins separated by commas, like https://app.example.com or tauri://localhost.
 
     A * stands for one label or a part of it, as in https://*.example.com, or alone for any origin.
+    Not checked: whether others may take names there, as in https://*.vercel.app.
     Raises SystemExit for what no browser sends as an origin.
     """
     try:
-        allowed = [normalize(each.strip()) for each in origins.split(",") if each.strip()]
+        allowed = [as_sent(each.strip()) for each in origins.split(",") if each.strip()]
     except ValueError:
         example = "https://app.example.com or https://*.example.com"
         raise SystemExit(f"{setting} takes origins like {example}, no / at the end") from None
     return Middleware(CORS, allowed, setting, respond)
 
 
-def normalize(origin: str) -> str:
+def as_sent(origin: str) -> str:
     """The origin as browsers send it: lower case, ASCII, no default port. Raises ValueError."""
     if origin == "*":
         return origin

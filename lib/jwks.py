@@ -7,14 +7,14 @@ What find() does for a token that a known key fits depends on the state of the k
 
     FRESH     up to 10 minutes old       gives the key
     STALE     up to 20 minutes old       starts a fetch, and gives the key
-    EXPIRED   older, or never fetched    waits for a fetch, 1 s at most; gives the key if it stays
+    EXPIRED   older, or never fetched    waits for a fetch, 1 s at most; gives the key if it is left
     DOWN      the last fetch failed      starts a fetch, and gives the key, however old it is
 
-For a token that no known key fits it waits for a fetch in any state, 5 s at most. If the fetch has
-brought a set without such a key, the answer is 401. If it failed, or has no answer yet, it is 503.
-A fetch starts when the last one has ended, 5 s after its start at the earliest, because anybody can
-invent a kid. Until then the outcome of the last one counts. One that has not ended after 10 minutes
-is given up, because an issuer may send its answer byte by byte for ever.
+A token that no known key fits waits for a fetch in any state, 5 s at most. It is 401 if the set has
+no such key, and 503 if the fetch failed or has no answer yet. A fetch starts when the last one has
+ended, 5 s after its start at the earliest, because anybody can invent a kid. Until then the outcome
+of the last one counts. One that has not ended after 10 minutes is given up, but keeps its thread:
+an issuer may send its answer byte by byte for ever.
 """
 
 import asyncio
@@ -41,8 +41,8 @@ MAX_SIZE = 262_144  # bytes of a key set
 MAX_TRIED = 10  # keys that a token is tried with
 SAME = {"Ed25519": "EdDSA", "ESP256": "ES256"}  # RFC 9864's names, unknown to PyJWT
 
-if jwt.algorithms.has_crypto:
-    for name, known in SAME.items():
+for name, known in SAME.items():
+    with suppress(NotImplementedError, ValueError):  # without cryptography; or PyJWT has the name
         jwt.register_algorithm(name, jwt.get_algorithm_by_name(known))
 
 log = logging.getLogger("jwks")
@@ -56,8 +56,7 @@ class KeySet:
     def __init__(self, url: str, algorithms: Collection[str]) -> None:
         self.url, self.algorithms = url, algorithms
         self.keys: list[Key] = []
-        # When the keys came, and when the last fetch started, by time.monotonic().
-        self.fetched = self.started = float("-inf")
+        self.fetched = self.started = float("-inf")  # by monotonic(): the keys, and the last fetch
         self.failure = ""  # why the last fetch brought no set
         self.answered = asyncio.Event()  # clear while a fetch is under way
         self.answered.set()
@@ -112,12 +111,17 @@ class KeySet:
         interval = MIN_INTERVAL if self.answered.is_set() else LIFETIME
         if monotonic() - self.started > interval:
             self.started, self.answered = monotonic(), asyncio.Event()
-            # A daemon, because other threads would hold up the end of the process.
+            # A daemon, so that it does not hold up the end of the process.
             arguments = (asyncio.get_running_loop(), self.answered)
-            threading.Thread(target=self.fetch, args=arguments, daemon=True).start()
+            try:
+                threading.Thread(target=self.fetch, args=arguments, daemon=True).start()
+            except RuntimeError as error:  # no thread is left
+                log.warning("JWKS not fetched: %s", error)
+                self.failure = str(error)
+                self.answered.set()
 
     def fetch(self, loop: asyncio.AbstractEventLoop, answered: asyncio.Event) -> None:
-        """Replaces the keys. Runs in a thread, so that urllib does not hold up the loop."""
+        """Replaces the keys. In a thread, because urllib would hold up the loop."""
         try:
             keys, failure = self.read(self.download()), ""
         except Exception as error:
@@ -145,14 +149,12 @@ class KeySet:
     def read(self, body: bytes) -> list[Key]:
         """The keys that can verify a token. Raises ValueError for what is no set."""
         try:
-            document = dict(json.loads(body))
-        except (ValueError, TypeError, RecursionError):
-            raise ValueError("not a JSON object") from None
-        if "jwks_uri" in document:
-            raise ValueError("the discovery document: its jwks_uri is the URL of the keys")
-        if not isinstance(document.get("keys"), list):
-            raise ValueError('JSON without a list "keys"')
-        return [key for each in document["keys"] if (key := self.read_key(each))]
+            jwks = json.loads(body)["keys"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            jwks = None
+        if not isinstance(jwks, list):
+            raise ValueError('not a JSON object with a list "keys"')
+        return [key for each in jwks if (key := self.read_key(each))]
 
     def read_key(self, jwk: Any) -> Key | None:
         """A public key for signatures by one of our algorithms. None for any other."""

@@ -3,9 +3,8 @@
     limiter = RateLimiter(storage_uri="")
     await limiter.hit("login", parse_limit("10/minute"), "ann@example.com")  # HTTPProblem(429)
 
-A dict counts, in 1 us. With a URI Redis counts for all instances, by one question for each hit, and
-the dict counts while Redis fails or is slow.
-Windows are fixed, so that around the border of two twice the limit may pass.
+With a URI Redis counts for all instances, by one question for each hit. A dict counts without, and
+while Redis fails or is slow. Windows are fixed: around the border of two twice the limit may pass.
 """
 
 import asyncio
@@ -19,17 +18,17 @@ from lib.problems import HTTPProblem
 
 MAX_COUNTERS = 50_000  # of a limit and level of networks: some 7 MB
 PATIENCE = 0.1  # seconds that a request waits for Redis
-TIMEOUT = 1.0  # seconds after which a question is given up
-MAX_FAILURES = 3  # of Redis in a row: errors, and answers after PATIENCE
+TIMEOUT = 1.0  # seconds until a question is given up
+MAX_FAILURES = 3  # of Redis in a row: errors and late answers
 PAUSE = 5.0  # seconds between two questions from then on
 UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
-# For Redis. A script is atomic, so that no counter stays without the end of its window.
+# Atomic, so that no counter stays without its end.
 COUNT = """
 local count = redis.call('INCR', KEYS[1])
 if count == 1 then redis.call('EXPIRE', KEYS[1], ARGV[1]) end
 return {count, redis.call('PTTL', KEYS[1])}
 """
-LIMIT = r"[1-9]\d{0,8} ?/ ?(?:second|minute|hour|day)"  # what parse_limit() takes
+LIMIT = rf"[1-9]\d{{0,8}} ?/ ?({'|'.join(UNITS)})"  # what parse_limit() takes
 
 log = logging.getLogger("ratelimit")
 
@@ -42,26 +41,30 @@ class Limit(NamedTuple):
 
 
 def parse_limit(text: str) -> Limit:
-    """A limit like 600/minute, as LIMIT."""
+    """Reads LIMIT, like 600/minute."""
     amount, unit = text.split("/")
     return Limit(int(amount), UNITS[unit.strip()])
 
 
 class RateLimiter:
-    """Counts in fixed windows. A window that is over is dropped as a whole."""
+    """A window that is over is dropped as a whole."""
 
     def __init__(self, storage_uri: str = "") -> None:
-        self.windows: dict[str, tuple[float, dict[str | int, int]]] = {}  # by name: end, counters
-        self.redis: Any = connect(storage_uri) if storage_uri else None
+        self.windows: dict[str, tuple[float, dict[str, int]]] = {}  # by name: end, counters
+        self.redis: Any = None
+        if storage_uri:
+            from redis.asyncio import from_url  # takes 7 MB
+
+            self.redis = from_url(storage_uri)
         self.failures = 0  # of Redis in a row
-        self.retry_at = 0.0  # when one request may ask it again, after MAX_FAILURES
+        self.retry_at = 0.0  # when one request asks, after MAX_FAILURES
 
     async def hit(self, name: str, limit: Limit | None, *keys: str) -> None:
         """Counts one for the first key. Raises HTTPProblem(429) above the limit, if there is one.
 
         Further keys are coarser, such as an address's networks: each counts where there is no room
-        for those before it. So whoever invents keys shares a limit. Where no key finds room, keys
-        share MAX_COUNTERS counters at random, so that a key's first hit may be refused.
+        for those before it. So whoever invents keys shares a limit. Where the last key finds none,
+        it shares one of MAX_COUNTERS counters: its first hit may be refused.
         """
         if limit is None:
             return
@@ -82,30 +85,28 @@ class RateLimiter:
         ends, counters = self.windows.get(name, (0.0, {}))
         if now >= ends:
             ends, counters = self.windows[name] = now + limit.seconds, {}
-        key: str | int
         for level, key in enumerate(keys, 1):
             if key in counters or len(counters) < level * MAX_COUNTERS:
                 break
         else:
-            key = hash(keys[-1]) % MAX_COUNTERS
+            key = f"shared {hash(keys[-1]) % MAX_COUNTERS}"
         counters[key] = counters.get(key, 0) + 1
         return ends - now if counters[key] > limit.amount else 0.0
 
     async def ask(self, name: str, limit: Limit, key: str) -> float | None:
         """As count(), in Redis. None if it fails, is slower than PATIENCE, or was so of late."""
-        is_given_up = self.failures >= MAX_FAILURES
-        if is_given_up and monotonic() < self.retry_at:
+        if self.failures >= MAX_FAILURES and monotonic() < self.retry_at:
             return None
         self.retry_at = monotonic() + PAUSE  # one request in PAUSE asks until one is answered
         # A question goes on after that: a connection may take longer to make, and serves others.
         question = asyncio.create_task(self.count_in_redis(name, limit, key))
         done, _ = await asyncio.wait([question], timeout=PATIENCE)
         answer = question.result() if done else None
-        self.failures = 0 if answer is not None else self.failures + 1
-        if is_given_up and answer is not None:
-            log.warning("Redis counts again, for all instances")
-        elif self.failures == MAX_FAILURES:
-            log.warning("Redis fails or is slow: this instance counts by itself")
+        before, self.failures = self.failures, 0 if answer is not None else self.failures + 1
+        if self.failures == MAX_FAILURES:
+            log.warning("Redis fails or is slow: this instance counts alone")
+        if before >= MAX_FAILURES > self.failures:
+            log.warning("Redis counts again")
         return answer
 
     async def count_in_redis(self, name: str, limit: Limit, key: str) -> float | None:
@@ -114,16 +115,9 @@ class RateLimiter:
                 place = f"ratelimit:{name}:{key}"
                 count, left = await self.redis.eval(COUNT, 1, place, limit.seconds)
         except Exception as error:
-            log.warning("rate limit storage failed: %s", type(error).__name__)
+            log.warning("Redis failed: %s", type(error).__name__)
             return None
         return max(left, 1) / 1000 if count > limit.amount else 0.0  # of milliseconds
-
-
-def connect(uri: str) -> Any:
-    """A client of Redis. Imported here, because it takes 7 MB."""
-    from redis.asyncio import from_url
-
-    return from_url(uri)
 
 
 def networks(address: str) -> list[str]:

@@ -17,14 +17,14 @@ from lib.problems import Unauthorized
 COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
 
 
-@dataclass(repr=False)  # it would show the secret
+@dataclass(kw_only=True, repr=False)  # repr() would show the secret
 class TokenVerifier:
     """HS256 meets the secret alone, and every other algorithm the keys of the issuer alone."""
 
     secret: str
     key_set: KeySet
     issuer: str  # the `iss` that a token has to have; "" for any
-    audience: str  # the same of its `aud`
+    audience: str  # what its `aud` has to be or hold; "" for any
     user_claim: str  # the claim that holds the user id
     max_token: int  # bytes
     max_user_id: int  # characters
@@ -37,7 +37,7 @@ class TokenVerifier:
         HTTPProblem(503) while the issuer's keys are out of reach.
         """
         if token.count(".") != 2:
-            text = "not a JWT: an opaque session token has to be exchanged for one"
+            text = "not a signed JWT: an opaque session token has to be exchanged for one"
             raise Unauthorized(code="token_not_jwt", description=text)
         if len(token) > self.max_token or not COMPACT_JWS.fullmatch(token):
             raise Unauthorized(reason="not a JWT, or too long")
@@ -78,8 +78,7 @@ class TokenVerifier:
             if name and claims.get(name) is None:
                 return f"the token has no claim {name}"
         for name in ("exp", "nbf", "iat"):
-            value = claims.get(name)
-            if value is None:
+            if (value := claims.get(name)) is None:
                 continue
             # True is an int. JavaScript's milliseconds would make a token good for 50,000 years.
             if type(value) not in (int, float) or not 0 <= value < 1e12:
@@ -88,8 +87,8 @@ class TokenVerifier:
                 return f"the claim {name} is in the future"
         if self.issuer and claims["iss"] != self.issuer:
             return "the token is of another issuer"
-        audiences = claims["aud"] if isinstance(claims.get("aud"), list) else [claims.get("aud")]
-        if self.audience and self.audience not in audiences:
+        aud = claims.get("aud")
+        if self.audience and self.audience not in (aud if isinstance(aud, list) else [aud]):
             return "the token is for another audience"
         user_id = claims[self.user_claim]
         if isinstance(user_id, str) and user_id.isprintable() and 1 <= len(user_id) <= size:
