@@ -18,8 +18,9 @@ class Statement:
 
         ADD = Statement("ADD", "SELECT %(a)s::integer + %(b)s::integer AS total")
 
-    `name` is shown in logs and traces. A statement that begins with SELECT only reads: it may be
-    sent again when its connection is lost. Two percent signs are not an escape here.
+    `name` is shown in logs and traces. A statement whose text begins with SELECT in capitals counts
+    as a read: it may be executed again when its connection is lost, with the functions that it
+    calls. Two percent signs are not an escape here.
     """
 
     def __init__(self, name: str, text: str) -> None:
