@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 from psycopg.generators import fetch
 from psycopg.pq import ExecStatus
-from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 MAX_IDLE = 15.0  # seconds after which an idle connection is pinged before it is used
 PING_TIMEOUT = 1.0  # seconds for the answer
@@ -67,14 +67,11 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
         self.drained_at = float("-inf")  # on the clock of time.monotonic()
 
     async def acquire(self) -> Connection:
-        """Waits for a connection that works, and for the pool to be open."""
+        """Waits for a connection that works. Raises PoolClosed, also before open()."""
         while True:
             try:
                 connection = await self.getconn(timeout=1)
             except PoolTimeout:  # ask again, because that is what makes the pool connect
-                continue
-            except PoolClosed:  # or not yet open
-                await asyncio.sleep(0.5)
                 continue
             try:
                 await connection.check()

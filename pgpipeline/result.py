@@ -1,8 +1,9 @@
 """Results: rows with their columns, and rows as JSON objects.
 
 JSON is written byte for byte as PostgreSQL's row_to_json() writes it, for scalars and the ARRAYS
-listed below, so that one object looks the same whoever wrote it. PostgreSQL does it for pages of rows. It cannot for a RETURNING on Citus,
-which takes no STABLE function there, so this module does it for single rows, in 2 us.
+listed below, so that one object looks the same whoever wrote it. PostgreSQL does it for pages of
+rows. It cannot for a RETURNING on Citus, which takes no STABLE function there, so this module does
+it for single rows, in 2 us.
 """
 
 from collections.abc import Callable, Iterator
