@@ -1,4 +1,4 @@
-"""Machinery of an HTTP service on PostgreSQL. Nothing here knows what a task is.
+"""Machinery of an HTTP service on PostgreSQL. It knows tasks by examples only.
 
 What a request passes, from the outside in:
 

@@ -115,7 +115,7 @@ class RequestLog:
             "request_id": state.request_id,
             "method": scope["method"],
             "route": route.path if route else None,
-            "status": state.status or 499,  # 499: the client left before there was one
+            "status": scope["state"].get("ended") or state.status or 499,  # see lib/protocol.py
             "duration_ms": round(seconds * 1000, 2),
             "user_id": state.user_id,
             "client": state.client,

@@ -1,23 +1,22 @@
 """uvicorn's HTTP protocol, with bounds on what a client makes a connection hold, and how long.
 
-uvicorn sets no bounds, loses the body behind an Upgrade, and takes a trailer for headers.
+uvicorn 0.54 sets no bounds, loses the body behind an Upgrade, and takes trailers for headers.
 
-    state    what happens                 for how long
-    HEAD     a head is awaited or read    HEAD_TIMEOUT, then close()
-    SERVING  a request is answered        as the application says
-    IDLE     all requests are answered    KEEP_ALIVE, then close()
-    REFUSED  what comes is thrown away    READ_TIMEOUT, then abort()
-    CLOSING  the client reads the rest    READ_TIMEOUT, then abort()
-    any      more than UNREAD bytes wait  READ_TIMEOUT, then abort()
+    state    what happens                 known by                  timer
+    HEAD     a head is awaited or read    its timer                 "head": HEAD_TIMEOUT, close()
+    SERVING  a request is answered        running                   none: the application's own
+    IDLE     all requests are answered    timeout_keep_alive_task   that: KEEP_ALIVE, close()
+    REFUSED  what comes is thrown away    refused                   "last": READ_TIMEOUT, abort()
+    CLOSING  the client reads the rest    transport.is_closing()    "last", which goes on
+    any      more than UNREAD bytes wait  flow.write_paused         "last", until they are fewer
 
-Read with uvicorn 0.54 and httptools 0.9. Of uvicorn it uses client, connections, cycle with flags,
-flow, headers, parser, pipeline, scope, timeout_keep_alive_task, url and the methods that are here.
+`running` is the request that is answered, `pipeline` has those that wait, `cycle` is the newest.
 """
 
 import resource
-import socket
 from asyncio import TimerHandle
 from collections import deque
+from socket import IPPROTO_TCP, TCP_NOTSENT_LOWAT
 from typing import Any, ClassVar
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
@@ -28,11 +27,14 @@ from lib.readers import Readers
 
 # Open connections, of 7 KB each. 64 file descriptors listen (lib/serve.py), 64 are for the rest.
 MAX_CONNECTIONS = min(5_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128)
+if MAX_CONNECTIONS < 1:
+    raise SystemExit("The service needs more than 128 file descriptors (ulimit -n)")
 MAX_HEAD = 65_536  # bytes of target and headers, or of a trailer. Behind others, twice as many
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
 HEAD_TIMEOUT = 10  # seconds for a head, from its first byte or the connection's start
 UNREAD = 65_536  # bytes of a response that the kernel holds unsent. Above, the client is watched
 READ_TIMEOUT = 60  # seconds to take a response or a refusal
+LAST_SECONDS = 7  # to take a response after SIGTERM, one less than lib.serve.SHUTDOWN
 REFUSAL = b"content-length: 0\r\nconnection: close\r\n\r\n"
 NOTHING: Any = deque(maxlen=0)  # a list that drops what is appended
 
@@ -41,7 +43,7 @@ class Protocol(HttpToolsProtocol):
     """A connection. The transport, the parser and uvicorn call its methods."""
 
     # With more than 30 attributes in its dictionary, a connection takes 1 KB more.
-    __slots__ = ("refused", "size", "timers")
+    __slots__ = ("refused", "running", "size", "timers")
     readers: ClassVar[Readers] = Readers()
     url = b""  # before the first request
 
@@ -50,6 +52,7 @@ class Protocol(HttpToolsProtocol):
         self.timers: dict[str, TimerHandle] = {}
         self.size = 0  # bytes of the head or trailer that is being read
         self.refused = False
+        self.running: Any = None
 
     def start(self, timer: str, seconds: float, end: Any) -> None:
         if timer not in self.timers:
@@ -64,8 +67,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(UNREAD)
-        peer = transport.get_extra_info("socket")
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
+        transport.get_extra_info("socket").setsockopt(IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNREAD)
         self.start("head", HEAD_TIMEOUT, self.close)
         if len(self.connections) > MAX_CONNECTIONS:
             connections: Any = self.connections  # those that are idle give way
@@ -80,19 +82,33 @@ class Protocol(HttpToolsProtocol):
     timeout_keep_alive_handler = close
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # uvicorn leaves it to run after a reset
+        super().connection_lost(None)  # after a reset, uvicorn would leave a timer to run
+        self.give_up(499)
         self.readers.discard(self.transport)
         for timer in self.timers.values():
             timer.cancel()
+
+    def shutdown(self) -> None:
+        """Called after SIGTERM. Who does not read is dropped before uvicorn cancels requests."""
+        super().shutdown()
+        abort: Any = self.transport.abort
+        self.start("stop", LAST_SECONDS, lambda: self.flow.write_paused and abort())
+
+    def give_up(self, status: int) -> None:
+        """Ends the request that is answered. RequestLog gets `status` if no response began."""
+        request, self.running = self.running, None
+        if request:
+            request.disconnected, request.waiting_for_100_continue = True, False
+            request.message_event.set()
+            if not request.response_started:
+                request.scope["state"]["ended"] = status
 
     # Reading. feed_data() calls the on_ methods. What they raise becomes HttpParserError.
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         while data and not self.refused:
-            room = MAX_HEAD - self.size
-            piece, data = data[:room], data[room:]
+            piece, data = data[: MAX_HEAD - self.size], data[MAX_HEAD - self.size :]
             self.size += len(piece)
             try:
                 self.parser.feed_data(piece)
@@ -102,20 +118,17 @@ class Protocol(HttpToolsProtocol):
                 self.refuse(400)
             if self.size == MAX_HEAD and not self.refused:
                 self.refuse(414 if len(self.url) > MAX_HEAD // 2 else 431)
-        if not self.refused and (self.cycle is None or self.cycle.response_complete):
+        if not self.refused and not self.running:
             self.start("head", HEAD_TIMEOUT, self.close)
 
     def _should_upgrade(self) -> bool:
-        """Lets uvicorn ignore the head of an Upgrade, which data_received() feeds again."""
+        """Lets uvicorn ignore the head of an Upgrade (RFC 9110 section 7.8), which is fed again."""
         if self.scope["method"] == "CONNECT":  # an Upgrade, for the parser
             raise ValueError
         return True
 
     def head_without_upgrade(self) -> bytes:
-        """The last head, for a new parser, because this one skips the body of an Upgrade.
-
-        RFC 9110 section 7.8 lets a server ignore it. Java's HttpClient sends it first.
-        """
+        """The last head, for a new parser, because this one skips the body of an Upgrade."""
         version = self.parser.get_http_version().encode()
         lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
         lines += [b"%b:%b" % each for each in self.scope["headers"] if each[0] != b"upgrade"]
@@ -126,11 +139,13 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError  # data_received() refuses
-        self.size = 0
-        self.stop("head")
-        self.pipeline = (self.pipeline or deque()) if self.cycle else NOTHING  # saves 1 KB
+        if self.timers:
+            self.stop("head")
+        self.pipeline = (self.pipeline or deque()) if self.running else NOTHING  # saves 1 KB
         super().on_headers_complete()
-        self.headers = NOTHING  # a trailer is no header (RFC 9110 section 6.5.1)
+        if not self.pipeline:
+            self.running = self.cycle
+        self.size, self.headers = 0, NOTHING  # a trailer is no header (RFC 9110 section 6.5.1)
 
     def on_body(self, body: bytes) -> None:
         self.size = 0
@@ -138,17 +153,15 @@ class Protocol(HttpToolsProtocol):
 
     def refuse(self, status: int) -> None:
         """Ends the connection after a refusal, or after the answers to the requests before."""
-        self.refused, cycle = True, self.cycle
+        self.refused = True
         self.stop("head")
-        answered = cycle is None or cycle.response_complete
-        if not answered and (self.pipeline or not cycle.more_body):
-            cycle.keep_alive = False  # uvicorn closes after it
+        if self.running and (self.pipeline or not self.running.more_body):
+            self.cycle.keep_alive = False  # uvicorn closes after it
             return
-        if not answered:  # it is the body or the trailer of this request
-            cycle.disconnected = True
-            cycle.message_event.set()
-        if answered or not cycle.response_started:
+        # It is a head, or the body or the trailer of the request that is answered.
+        if not (self.running and self.running.response_started):
             self.transport.write(STATUS_LINE[status] + REFUSAL)
+        self.give_up(status)
         # To close, or to leave bytes unread, would reset a client that still sends.
         self.transport.write_eof()
         self.flow.resume_reading()
@@ -159,10 +172,9 @@ class Protocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self.start("last", READ_TIMEOUT, self.transport.abort)
-        # A request that waits behind others has no state yet.
-        state = self.cycle.scope["state"].get("request") if self.cycle else None
-        address = state.client if state else self.client[0] if self.client else ""
-        self.readers.add(self.transport, (state and state.user_id) or networks(address)[0])
+        state = self.running.scope["state"].get("request") if self.running else None
+        client = (state.user_id or networks(state.client)[0]) if state else str(self.client)
+        self.readers.add(self.transport, client)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -171,11 +183,14 @@ class Protocol(HttpToolsProtocol):
         self.readers.discard(self.transport)
 
     def on_response_complete(self) -> None:
+        self.running = self.pipeline[-1][0] if self.pipeline else None  # what uvicorn starts next
         super().on_response_complete()
         if self.transport.is_closing():  # uvicorn waits for ever for the client to read
             self.close()
-        elif self.cycle.response_complete and not self.cycle.more_body:  # no other waits
-            if self.scope is not self.cycle.scope:  # the next head has begun
-                self.start("head", HEAD_TIMEOUT, self.close)
-            else:  # uvicorn keeps the request, with its body, until the next one
-                self.cycle, self.scope, self.url = None, None, b""  # type: ignore[assignment]
+        elif self.running:  # its body, which nobody counts yet, waits until it is asked for
+            self.flow.pause_reading()
+        elif self.scope is not self.cycle.scope or self.cycle.more_body:  # something has begun
+            self.start("head", HEAD_TIMEOUT, self.close)
+        else:  # uvicorn would keep the request, with its body, until the next one
+            self.cycle, self.scope, self.url = None, None, b""  # type: ignore[assignment]
+            self.size = 0

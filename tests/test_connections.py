@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
+import psycopg
 import pytest
 import uvloop
 from httpx import Client
@@ -29,6 +30,7 @@ from conftest import (
     new_email,
     post,
     raw,
+    request_bytes,
     serving,
     timed,
     token,
@@ -188,6 +190,14 @@ def test_idle_connections_give_way_when_descriptors_run_out(database: str, tmp_p
         assert get(service.url + "/health").status_code == 200
 
 
+def test_too_few_descriptors_end_the_start_with_one_line(database: str) -> None:
+    command = ["prlimit", "--nofile=128", *uvicorn(free_port())]
+    environ = environment(database)
+    ended = subprocess.run(command, cwd=HERE, env=environ, stderr=subprocess.PIPE, check=False)
+    assert ended.returncode == 1
+    assert b"ulimit -n" in ended.stderr and ended.stderr.count(b"\n") == 1
+
+
 # The log.
 
 
@@ -227,7 +237,8 @@ def test_a_log_that_nobody_reads_stops_no_request_and_its_lost_lines_are_counted
         (401, b"POST /tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"),
         (413, create(b"Content-Length: 200000")),
         (400, b"GET\r\n\r\n"),
-        (400, b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n"),
+        (400, create(b"Expect: 100-continue\r\nTransfer-Encoding: chunked") + b"no size\r\n"),
+        (400, b"CONNECT /health HTTP/1.1\r\nHost: x\r\n\r\n"),
         (200, LAST),
         (200, b"GET /health HTTP/1.0\r\n\r\n"),
     ],
@@ -236,6 +247,23 @@ def test_a_response_before_a_close_says_so(status: int, request_: bytes, server:
     answer = raw(server, request_)  # until it is closed
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert b"\r\nconnection: close\r\n" in answer
+    assert server.failures() == []
+
+
+def test_a_write_whose_client_leaves_is_made_once_and_logged_as_499_without_a_trace(
+    server: Server, database: str, api: Client
+) -> None:
+    authorization = api.headers["Authorization"].encode()
+    with psycopg.connect(database) as other:
+        other.execute("LOCK TABLE todo.tasks")
+        with connect(server) as connection:
+            create = request_bytes(b"POST /tasks", authorization, b'{"title": "x"}')
+            connection.sendall(create + LAST)
+            time.sleep(0.2)
+        time.sleep(0.2)
+    wait_until(lambda: server.log()[-1].get("status") == 499, 5)
+    assert len(api.get("/tasks").json()) == 1
+    assert server.failures() == []
 
 
 # Proxies.

@@ -316,10 +316,12 @@ def test_sigterm_lets_requests_finish_and_ends_within_ten_seconds(
         ThreadPoolExecutor(1) as pool,
         connect(server) as idle,
         connect(server) as stalled,
+        connect(server) as deaf,
         psycopg.connect(database.url) as other,
     ):
         task = api.post("/tasks", json={"title": "x"}).json()
         stalled.sendall(upload("u", 100) + b"{")
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
         other.execute("SELECT 1 FROM todo.tasks WHERE id = %s FOR UPDATE", [task["id"]])
         flying = pool.submit(api.patch, f"/tasks/{task['id']}/toggle")
         time.sleep(0.2)

@@ -15,6 +15,7 @@ from uvicorn.server import ServerState
 
 from lib.middleware import RequestLog
 from lib.protocol import Protocol
+from lib.state import state_of
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 UPGRADE = b"Connection: HTTP2-Settings, Upgrade\r\nUPGRADE: h2c\r\nHTTP2-Settings: AA\r\n"
@@ -75,9 +76,27 @@ def test_a_trailer_is_no_header() -> None:
 
         protocol = connected(app)
         protocol.data_received(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
-        protocol.data_received(b"4\r\nbody\r\n0\r\nAuthorization: Bearer x\r\n\r\n")
+        protocol.data_received(b"4\r\nbody\r\n0\r\nAuthorization: Bearer x\r\n")
+        protocol.data_received(b"X: %b\r\n\r\n" % (b"x" * 40_000))
         await answered(protocol)
         assert names == [b"transfer-encoding"]
+        protocol.data_received(b"GET / HTTP/1.1\r\nY: %b\r\n\r\n" % (b"y" * 30_000))
+        await answered(protocol)
+        assert names == [b"transfer-encoding", b"y"]  # 64 KB are for it alone
+
+    asyncio.run(story())
+
+
+def test_a_body_behind_other_requests_waits_unread() -> None:
+    async def story() -> None:
+        protocol, sizes = connected(PlainTextResponse("answer")), []
+        protocol.data_received(GET * 8 + b"POST / HTTP/1.1\r\nContent-Length: 5000000\r\n\r\n")
+        while protocol.running is not protocol.cycle:
+            if not protocol.flow.read_paused:
+                protocol.data_received(b"x" * 60_000)
+            sizes.append(len(protocol.cycle.body))
+            await asyncio.sleep(0)
+        assert len(sizes) >= 8 and max(sizes) <= 60_000
 
     asyncio.run(story())
 
@@ -106,15 +125,21 @@ def test_an_idle_connection_holds_no_request_and_middleware_outside_has_it_whole
     asyncio.run(story())
 
 
-def test_a_client_that_does_not_read_is_known_whatever_is_answered() -> None:
+def test_a_client_that_does_not_read_is_known_whatever_is_behind_its_request() -> None:
     async def story() -> None:
-        protocol = connected(RequestLog(PlainTextResponse("answer")))
-        for sent in [b"", GET, GET + GET, b"GET / "]:
-            protocol.data_received(sent)
+        known = list[str]()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            state_of(scope).user_id = scope["path"]
             protocol.pause_writing()
-            assert protocol.readers.clients[protocol.transport] == "192.0.2.1/32"
+            known.append(protocol.readers.clients[protocol.transport])
             protocol.resume_writing()
-            await answered(protocol)
+            await PlainTextResponse("answer")(scope, receive, send)
+
+        protocol = connected(RequestLog(app))
+        protocol.data_received(GET + GET.replace(b"/", b"/2", 1) + b"GET /3")
+        await answered(protocol)
+        assert known == ["/", "/2"]
 
     asyncio.run(story())
 
