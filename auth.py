@@ -30,10 +30,10 @@ TOKEN_LIFETIME = 86_400  # seconds: nobody can take a token back, so it ends aft
 TOKEN_CACHE_TTL = 60  # seconds: to look it up takes 1 us, to verify it 34 to 136
 TOKEN_CACHE_SIZE = 10_000  # tokens, of 260 bytes each
 BCRYPT_COST = 12  # 0.24 s of a core
-MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # hashed at once, and waiting: 20 / 2 * 0.24 s
+MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # at once, and waiting: for 2.4 s at most
 ACCOUNT_LIMIT = parse_limit("10/minute")  # attempts with one e-mail
-ADDRESS_LIMIT = parse_limit("100/minute")  # from one IPv4 or IPv6 /64; wider if counters run out
-# form() refuses what does not match, such as a list for a NAME or `exp` for a CLAIM.
+ADDRESS_LIMIT = parse_limit("100/minute")  # per IPv4 or IPv6 /64; per wider network when crowded
+# form() refuses what does not match, such as `a,b` for a NAME or `exp` for a CLAIM.
 URL, REDIS = rf"https?://(?![^/]*@){HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
 NAME, CLAIM = r"(?!https?:/*$)[^\s,]+", r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+"
 UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -44,8 +44,8 @@ class Settings(BaseSettings):
     better_auth_secret: Secret = ""  # verifies them where jwt_secret is not set
     # The URL of an issuer's keys. `iss` and `aud`, if set, are required of every token.
     jwt_jwks_url: Annotated[str, form(URL, "is not an http or https URL without a user")] = ""
-    jwt_issuer: Annotated[str, form(NAME, "is not one `iss` of a token")] = ""
-    jwt_audience: Annotated[str, form(NAME, "is not one `aud` of a token")] = ""
+    jwt_issuer: Annotated[str, form(NAME, "is not a single `iss`")] = ""
+    jwt_audience: Annotated[str, form(NAME, "is not a single `aud`")] = ""
     jwt_user_claim: Annotated[str, form(CLAIM, "cannot name the user")] = "sub"
     accounts: Literal["on", "off"] | None = None  # None: on if jwt_secret is set; off: verify only
     # Requests of one user, or `off` for any number, and a Redis that counts for several instances.
@@ -79,7 +79,7 @@ def check_settings() -> None:
         raise SystemExit("JWT_JWKS_URL needs another package: pip install 'PyJWT[crypto]'")
 
 
-# Tokens. Of an error, `description` goes into WWW-Authenticate, and `reason` into the log.
+# Tokens. An error's `description` goes into WWW-Authenticate, and `reason` into the log.
 
 # By the SHA-256 of a token: its user, and the time() from which it is verified again.
 verified: dict[bytes, tuple[str, float]] = {}

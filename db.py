@@ -1,8 +1,8 @@
 """The SQL of the service: each statement above the function that runs it.
 
-Tasks come back as JSON: pages by row_to_json(), and one alike by Result.json(). "No such row" is
+Tasks come back as the same JSON: pages by row_to_json(), one by Result.json(). "No such row" is
 None. A function may raise pgpipeline's Unavailable (a 503 by main.py). One that writes may also
-raise InvalidValue (422). Values in a row are bytes of text, as b"t" for true.
+raise InvalidValue (422). Values in a row are text as bytes: b"t" is true.
 """
 
 import hashlib
@@ -68,8 +68,8 @@ class Page(NamedTuple):
 # With `after`, a backward scan of the primary key begins where the last page ended, so page 100
 # costs as much as page 1. coalesce() keeps the condition on id an index range; OR would not.
 # LIMIT + 1 tells whether more tasks follow. row_to_json() escapes line breaks: one line, one task.
-# 1,000 tasks may take 33 MB (\u0001 takes 6 bytes), so PostgreSQL cuts the text. left() counts its
-# characters, so CASE spares a short text that. string_agg() keeps the subquery's order.
+# 1,000 tasks may take 33 MB (\u0001 takes 6 bytes), so PostgreSQL cuts the text. CASE avoids
+# left(), which counts characters, for a short text. string_agg() keeps the subquery's order.
 SELECT_TASKS = Statement("SELECT_TASKS", f"""
 SELECT CASE WHEN octet_length(lines) > {PAGE_BYTES} THEN left(lines, {PAGE_BYTES}) ELSE lines END,
     count
@@ -155,7 +155,7 @@ RETURNING {COLUMNS}, version
 async def update_task(
     user_id: str, task_id: UUID, changes: dict[str, Value], versions: str | None
 ) -> TaskJSON | None:
-    """Changes a task if its version is in `versions`, '{[7,7]}' by If-Match, or None for any."""
+    """Changes a task if its version is in `versions`, like '{[7,7]}'. None means any."""
     if not changes and versions is None:  # nothing to write, and no version to compare
         return await select_task(user_id, task_id)
     values: dict[str, Value] = {"user_id": user_id, "task_id": task_id, "versions": versions}
@@ -283,7 +283,7 @@ STATEMENTS = [each for each in list(globals().values()) if isinstance(each, Stat
 
 
 def conninfo() -> str:
-    """How to connect. Raises SystemExit if DATABASE_URL is wrong or names another schema."""
+    """How to connect. Raises SystemExit if DATABASE_URL is wrong or asks for another schema."""
     return connection_string(settings.database_url, schema="todo")
 
 
@@ -309,7 +309,7 @@ async def stop() -> None:
 
 
 def fetch(statement: Statement, **values: Value) -> Awaitable[Result]:
-    """Runs a statement, a SELECT by `reads`. Tenants (users, or e-mails at a login) take turns."""
+    """Runs a statement, a SELECT in `reads`. Its queue serves users (at login: e-mails) in turn."""
     pool = reads if statement.reads_only else writes
     tenant = values.get("user_id") or values.get("email") or ""
     return pool.execute(statement, values, str(tenant))
@@ -323,7 +323,7 @@ def to_task(result: Result) -> TaskJSON | None:
 
 
 def to_page(lines: bytes, *, has_surplus: bool) -> Page:
-    """A page of tasks, one a line, up to the last break: a surplus or cut task goes.
+    """A page of tasks, one a line. Drops a surplus task and what exceeds PAGE_BYTES.
     One task always fits, because a task's JSON has 35 KB at most."""
     is_cut = len(lines) >= PAGE_BYTES  # left() counts characters, of one byte or more each
     if not is_cut and not has_surplus:

@@ -1,4 +1,4 @@
-"""The HTTP of the service: its routes, their schemas, and what a request passes on its way.
+"""The HTTP of the service: its routes, their schemas, and the middleware.
 
     POST   /auth/register             make an account, get its token (public)
     POST   /auth/login                get a token (public)
@@ -58,7 +58,7 @@ VERSION = "2.0.0"
 
 class Settings(BaseSettings):
     cors_origins: str = ""
-    fastapi_otel_auto_configure: bool = False  # traces, set by OTEL_*
+    fastapi_otel_auto_configure: bool = False  # traces, as OTEL_* say where
 
 
 settings = Settings.load()
@@ -112,7 +112,7 @@ class TaskCreate(TaskBody):
 
     title: Title
     description: Description = None
-    completed: Completed = Field(default_factory=bool)  # False, which OpenAPI does not show
+    completed: Completed = Field(default_factory=bool)  # False, hidden from OpenAPI
 
 
 class Task(SQLModel):
@@ -139,16 +139,16 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
         "unavailable", RETRY),
     pgpipeline.InvalidValue: partial(HTTPProblem, 422, "The database cannot store this",
         "invalid_value"),
-    pgpipeline.UniqueViolation: partial(HTTPProblem, 409, "There is one like this already"),
+    pgpipeline.UniqueViolation: partial(HTTPProblem, 409, "This exists already"),  # for new fields
     pgpipeline.ForeignKeyViolation: account_gone,
     pgpipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
 }  # fmt: skip
 
 # Aliases of paths: lib/paths.py lists them.
 NAMES = dict.fromkeys(["tasks", "todos", "task", "todo"], "tasks")  # what clients call /tasks
-CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # are no alias, and not looked up
+CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no aliases: not looked up
 
-# `respond` turns an exception into a problem.
+# Turns an exception into a problem.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
     title="Todo",
@@ -244,12 +244,12 @@ async def list_tasks(
 ) -> Response:
     """List tasks, newest first. While more follow, `Link` has the address of the next page.
 
-    A page by `after` costs the same at any depth, one by `offset`, `skip` or `page` more and more.
+    A page by `after` costs the same at any depth, by `offset`, `skip` or `page` more with depth.
     """
     skipped = (offset or 0) + ((page or 1) - 1) * limit
     found = await db.select_tasks(user_id, completed, after, skipped, limit)
     if found.is_cut and (offset, page) != (None, None):  # the next offset or page would skip tasks
-        text = "Over 1 MB: ask for a smaller limit, or follow Link"
+        text = "Over 1 MB: ask for a smaller limit, or page by after"
         raise HTTPProblem(422, text, "page_too_large")
     headers = {"Link": next_link(request, found.last_id)} if found.last_id else {}
     etag = f'"{hashlib.sha256(found.json).hexdigest()[:32]}"'
@@ -318,7 +318,7 @@ email_taken = partial(HTTPProblem, 409, "E-mail already registered", "email_take
 wrong_login = partial(Unauthorized, code="wrong_credentials", detail="Wrong e-mail or password")
 wrong_password = partial(Unauthorized, code="wrong_password", detail="Wrong current password")
 no_account = partial(HTTPProblem, 404, "This user has no account here", "account_not_found")
-too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")  # an example
+too_many = HTTPProblem(429, "Too many attempts: try again in 9 seconds")  # for OpenAPI
 
 
 def account_route(path: str, error: HTTPProblem, status: int = 200) -> Decorator:
@@ -448,11 +448,11 @@ async def root() -> dict[str, str]:
     return {"name": "todo", "version": VERSION, "docs": "/docs"}
 
 
-pages.add_pages(app)  # /docs and /redoc: last, because routes are tried in order
+pages.add_pages(app)  # /docs and /redoc: last, as they are asked for least
 
 if __name__ == "__main__":
-    develop.run(
-        "main:app",  # and makes what is not set:
+    develop.run(  # makes what is not set
+        "main:app",
         database=not db.settings.database_url,
         secret=not (auth.SECRET or auth.JWKS_URL),
         origins=not settings.cors_origins,

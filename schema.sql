@@ -10,7 +10,7 @@ DO $$ BEGIN IF to_regnamespace('todo') IS NULL THEN CREATE SCHEMA todo; END IF; 
 
 -- UUID version 7 (RFC 9562 section 5.7) begins with the time, so the primary key of tasks is also
 -- their order. Its digits are 12 of milliseconds, the version, 3 of 1/4096 ms (section 6.2, method
--- 3), and the last 16 of a random UUID. Only PostgreSQL 18 has a uuidv7() of its own.
+-- 3), and the last two groups of a random UUID. Only PostgreSQL 18 has a uuidv7() of its own.
 CREATE OR REPLACE FUNCTION todo.uuidv7() RETURNS uuid LANGUAGE sql VOLATILE PARALLEL SAFE
 RETURN overlay(
     lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000 * 4096)::bigint), 15, '0')
@@ -18,9 +18,9 @@ RETURN overlay(
 )::uuid;
 
 -- New databases skip this: it moves the tables of releases 1.0 and 1.1 from public, if a column and
--- a foreign key show that they are ours. E-mails become lower case as by Python's lower(), also of
--- I with a dot (304). Locale C leaves E acute, so another collation is named. Where two become one,
--- the one in lower case gets it, or else the older one. The other stays as it was.
+-- a foreign key show that they are ours. E-mails become lower case as in Python, also an I with a
+-- dot (chr 304). Locale C knows only ASCII, so %I is a better collation. If several become equal,
+-- only the oldest changes, or none if one is in lower case already.
 DO $move$ BEGIN
     PERFORM FROM pg_constraint
     JOIN pg_attribute ON attrelid = conrelid AND attname = 'idempotency_digest'

@@ -288,7 +288,7 @@ def large(api: Client) -> None:
 @parametrize("query", ["page=1", "offset=0", "skip=1", "page=1&limit=40"])
 def test_a_page_by_number_that_would_be_cut_is_422(api: Client, large: None, query: str) -> None:
     problem = refusal(api.get("/tasks?" + query), 422, "page_too_large")
-    assert "ask for a smaller limit, or follow Link" in problem["detail"]
+    assert "ask for a smaller limit, or page by after" in problem["detail"]
 
 
 def test_pages_by_number_that_hold_their_tasks_lose_none(api: Client, large: None) -> None:
