@@ -56,7 +56,7 @@ def cors(origins: str, setting: str, respond: Respond) -> Middleware:
     """CORS for origins separated by commas, like https://app.example.com or tauri://localhost.
 
     A * stands for one label or a part of it, as in https://*.example.com, or alone for any origin.
-    Not checked: whether others may take names there, as in https://*.vercel.app.
+    Not checked: whether others may take names there, as in *.vercel.app.
     Raises SystemExit for what no browser sends as an origin.
     """
     try:

@@ -72,6 +72,8 @@ def uri_for_libpq(uri: str) -> tuple[str, dict[str, str]]:
     if not all(equals for _, equals, _ in parameters):  # a part of a password with & in it
         raise SystemExit(f"{MALFORMED}, and & as %26")
     given = {name: value for name, _, value in parameters}
+    if "@" in query and "password" not in given:  # of a password with / and ? in it
+        raise SystemExit(MALFORMED)
     if "ssl" in given:  # which does not weaken libpq's word
         given.setdefault("sslmode", given.pop("ssl"))
     if mode := given.get("sslmode"):

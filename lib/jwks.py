@@ -14,7 +14,7 @@ A token that no known key fits waits for a fetch in any state, 5 s at most. It i
 no such key, and 503 if the fetch failed or has no answer yet. A fetch starts when the last one has
 ended, 5 s after its start at the earliest, because anybody can invent a kid. Until then the outcome
 of the last one counts. One that has not ended after 10 minutes is given up, but keeps its thread:
-an issuer may send its answer byte by byte for ever.
+an issuer may send its answer byte by byte.
 """
 
 import asyncio

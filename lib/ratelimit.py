@@ -3,7 +3,7 @@
     limiter = RateLimiter(storage_uri="")
     await limiter.hit("login", parse_limit("10/minute"), "ann@example.com")  # HTTPProblem(429)
 
-With a URI Redis counts for all instances, by one question for each hit. A dict counts without, and
+With a URI Redis counts for all instances, by one question a hit. A dict counts without, and
 while Redis fails or is slow. Windows are fixed: around the border of two twice the limit may pass.
 """
 
@@ -63,8 +63,8 @@ class RateLimiter:
         """Counts one for the first key. Raises HTTPProblem(429) above the limit, if there is one.
 
         Further keys are coarser, such as an address's networks: each counts where there is no room
-        for those before it. So whoever invents keys shares a limit. Where the last key finds none,
-        it shares one of MAX_COUNTERS counters: its first hit may be refused.
+        for those before it. So whoever invents keys shares a limit. Where the last finds none, it
+        shares one of MAX_COUNTERS, and a first hit may be refused.
         """
         if limit is None:
             return
@@ -80,7 +80,7 @@ class RateLimiter:
             raise HTTPProblem(429, text, headers=headers)
 
     def count(self, name: str, limit: Limit, keys: tuple[str, ...]) -> float:
-        """Counts one here. Above the limit it gives the seconds to wait, or else 0."""
+        """Counts one here. The seconds to wait above the limit, or 0."""
         now = monotonic()
         ends, counters = self.windows.get(name, (0.0, {}))
         if now >= ends:

@@ -17,7 +17,7 @@ from lib.problems import Unauthorized
 COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
 
 
-@dataclass(kw_only=True, repr=False)  # repr() would show the secret
+@dataclass(kw_only=True, repr=False)  # it would show the secret
 class TokenVerifier:
     """HS256 meets the secret alone, and every other algorithm the keys of the issuer alone."""
 
@@ -25,7 +25,7 @@ class TokenVerifier:
     key_set: KeySet
     issuer: str  # the `iss` that a token has to have; "" for any
     audience: str  # what its `aud` has to be or hold; "" for any
-    user_claim: str  # the claim that holds the user id
+    user_claim: str  # which holds the user id
     max_token: int  # bytes
     max_user_id: int  # characters
     clock_skew: int  # seconds that the issuer's clock may be ahead

@@ -317,6 +317,7 @@ def test_another_drivers_word_for_tls_does_not_weaken_sslmode(other: str) -> Non
     ("given", "named"),
     [
         ("postgresql://u:hun@ter2@h/d", "%40"), ("postgresql://u:hun/ter2@h/d", "%2F"),
+        ("postgresql://u:a/b?hunter2=c@h/d", "%2F"),
         ("postgresql://u:100%hunter2@h/d", "%25"), ("postgresql://u:hun ter2@h/d", "form"),
         ("u:hunter2@h/d", "form"), ("hunter2", "form"), ("mysql://u:hunter2@h/d", "PostgreSQL"),
         ("https://hunter2.supabase.co", "PostgreSQL"),

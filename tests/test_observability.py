@@ -18,6 +18,7 @@ import pytest
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.util.re import parse_env_headers
 
 from conftest import HERE, client, serving
 from lib import logs
@@ -71,18 +72,19 @@ def test_half_of_a_surrogate_pair_costs_no_line(capfd: pytest.CaptureFixture[str
 def test_processes_that_share_a_pipe_do_not_mix_their_lines() -> None:
     reader, writer = os.pipe()
     ours, theirs, read = logs.Output(writer), logs.Output(writer), b""
-    lines = [letter * 700 + b"\n" for letter in (b"a", b"b")]
     for _ in range(200):
-        ours.write(lines[0])  # of which some wait, because the pipe is full
+        ours.write("INFO", {"message": "a" * 700})  # of which some wait, because the pipe is full
     for _ in range(20):
         read += os.read(reader, 4096)
-        theirs.write(lines[1])  # which finds room between two parts of the other's
-        ours.write(lines[0])
+        theirs.write(
+            "INFO", {"message": "b" * 700}
+        )  # which finds room between two parts of the other's
+        ours.write("INFO", {"message": "a" * 700})
     os.close(writer)
     while part := os.read(reader, 65_536):
         read += part
     os.close(reader)
-    assert set(read.splitlines(keepends=True)) == set(lines)
+    assert {json.loads(line)["message"] for line in read.splitlines()} == {"a" * 700, "b" * 700}
 
 
 ENDS = {
@@ -129,6 +131,16 @@ def test_a_process_that_ends_waits_a_moment_for_the_reader_of_its_last_lines(end
             lines = log.read().splitlines()
     assert b"the last line" in lines[0]
     assert len(lines) == 1 + (end == "a failed start")  # which says why
+
+
+def test_what_otel_says_of_a_wrong_header_is_logged_without_the_header(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("opentelemetry.util.re")
+    monkeypatch.setattr(log, "handlers", [logs.JsonHandler()])
+    parse_env_headers("Authorization: Bearer hunter2")
+    line = capfd.readouterr().out
+    assert "Header format invalid" in line and "hunter2" not in line
 
 
 def test_an_exceptions_text_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
