@@ -420,7 +420,7 @@ async def delete_account(
 
 @app.get("/auth/me", response_model=schemas.User, tags=["accounts"])
 async def me(user_id: CurrentUser) -> Response:
-    """Read the user whose token this is."""
+    """Read the user of this token."""
     user = await find_user(user_id)
     unknown = {"id": user_id, "email": None, "created_at": None}
     return Response(user.json if user else json.dumps(unknown), media_type="application/json")
@@ -435,7 +435,7 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@app.get("/health/ready", tags=["service"])
+@app.get("/health/ready", tags=["service"], responses=openapi.errors(HTTPProblem(503)))
 async def ready() -> dict[str, str]:
     """Check that the database answers, or did in the last 5 seconds."""
     await db.ping()
@@ -444,7 +444,7 @@ async def ready() -> dict[str, str]:
 
 @app.get("/", tags=["service"])
 async def root() -> dict[str, str]:
-    """Name, version, and where the documentation is."""
+    """Name, version, and where the docs are."""
     return {"name": "todo", "version": VERSION, "docs": "/docs"}
 
 

@@ -17,9 +17,14 @@ from psycopg.pq import PGconn, PollingStatus
 HOPELESS_STATES = ("0A", "22", "28", "3D", "42", "55000")
 # libpq has no codes, and poolers send 08P01 or XX000 for everything. Their words are English.
 HOPELESS_WORDS = re.compile(
-    r"certificate|private key|not support SSL|invalid |channel binding"
-    r"|authentication (failed|method)|no such (database|user)"  # PgBouncer
-    r"|not (be )?found|disabled"  # Supabase, Neon
+    r"certificate|private key"  # root certificate file "/ca" does not exist
+    r"|not support SSL"  # server does not support SSL
+    r"|invalid |weak sslmode"  # invalid sslmode value: "on"
+    r"|could not match"  # could not match 2 port numbers to 1 hosts
+    r"|channel binding"  # channel binding required
+    r"|authentication (failed|method)"  # SASL authentication failed (PgBouncer)
+    r"|no such (database|user)"  # no such database: todo (PgBouncer)
+    r"|not (be )?found|disabled"  # Tenant or user not found (Supabase)
 )
 NAMES = re.compile(r"\"[^\"]*\"|'[^']*'")  # of hosts, files and the like
 
@@ -30,20 +35,20 @@ class NotReady(Exception):
 
 async def explain(error: psycopg.Error, conninfo: str) -> str:
     """One line about a failure to connect. Raises NotReady with it where waiting does not help."""
-    lines = str(error).split("\n")
-    # DETAIL and HINT follow the line that counts. Of several addresses one may have a server.
-    line = next((line for line in lines if re.search("FATAL|ERROR", line)), lines[0])
-    sqlstate = await asyncio.to_thread(sqlstate_of_connecting, conninfo)
+    text, sqlstate = await asyncio.to_thread(connect_traced, conninfo)
+    lines = (text or str(error)).split("\n")
+    # Of several addresses the last has the SQLSTATE. DETAIL and HINT follow its line.
+    line = [lines[0], *(each for each in lines if "connection to server" in each)][-1]
     is_hopeless = sqlstate.startswith(HOPELESS_STATES) or HOPELESS_WORDS.search(NAMES.sub("", line))
     if is_hopeless or (error.pgconn and error.pgconn.needs_password):
         raise NotReady(f"DATABASE_URL does not work, correct it: {line}") from None
     return f"DATABASE_URL does not work: {line}"
 
 
-def sqlstate_of_connecting(conninfo: str) -> str:
-    """The SQLSTATE of a refused connection, or "" if there is none. Blocks."""
+def connect_traced(conninfo: str) -> tuple[str, str]:
+    """What libpq says of one more attempt, and PostgreSQL's SQLSTATE; "" without one. Blocks."""
     if not hasattr(os, "memfd_create"):  # psycopg traces on Linux only
-        return ""
+        return "", ""
     with os.fdopen(os.memfd_create("trace"), "rb") as trace:
         connection = PGconn.connect_start(conninfo.encode())
         connection.trace(trace.fileno())
@@ -55,4 +60,4 @@ def sqlstate_of_connecting(conninfo: str) -> str:
         connection.untrace()
         trace.seek(0)
         states = re.findall(rb'\tErrorResponse\t.* C "(\w{5})"', trace.read())
-    return states[-1].decode() if states else ""
+    return connection.error_message.decode(errors="replace"), states[-1].decode() if states else ""

@@ -6,14 +6,13 @@ from urllib.parse import unquote
 import psycopg
 from psycopg import conninfo, pq
 
-PASTED = re.compile(
-    r"(?:export\s+)?(?:DATABASE_URL\s*=\s*)?(?:psql\s+(?:-d\s+)?)?(['\"]?)(.*?)\1\s*;?", re.DOTALL
-)
+PASTED = re.compile(r"(export\s+)?(DATABASE_URL\s*=\s*)?(psql\s+(-d\s+)?)?")  # before it
+QUOTED = re.compile(r"^(['\"])(.*)\1\s*;?$", re.DOTALL)
 SCHEME = re.compile(r"(jdbc:)?(postgres|postgresql|psql|pgsql|postgis)(\+\w+)?://", re.IGNORECASE)
 # Parts as libpq finds them: user and password end at the first @, if no slash stands before it.
 PARTS = re.compile(r"((?:[^@/]*@)?[^@?]*)(?:\?(.*))?", re.DOTALL)
 LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
-# Of Prisma, asyncpg, SQLAlchemy, node-postgres, pgx, JDBC, Django, Rails: the service has its own.
+# In the names of other drivers' parameters: the service has its own.
 HARMLESS = re.compile(
     r"(?i)schema|search_path|bouncer|supa|workaround|libpqcompat|application|charset|encoding|zone"
     r"|engine|^min|^max|fetch_types|stringtype|inserts|atomic|pool|cache|timeout|limit|lifetime"
@@ -25,7 +24,6 @@ SSLMODES = dict.fromkeys(("true", "1", "no-verify"), "require")
 SSLMODES |= dict.fromkeys(("false", "0"), "disable")
 # [YOUR-PASSWORD], <password>, ${PASSWORD}, YOUR_PASSWORD, ****
 PLACEHOLDER = re.compile(r"(?i)[\[<][\w -]*password[\]>]|\$\{\w+\}|your[-_ ]?password|\*{3,}")
-DEFAULTS = {"connect_timeout": "3", "keepalives_idle": "30"}
 MALFORMED = (
     "DATABASE_URL is not of the form postgresql://user:password@host/database: write @ in a name"
     " or a password as %40, / as %2F, : as %3A and % as %25"
@@ -33,18 +31,19 @@ MALFORMED = (
 
 
 def connection_string(database_url: str, schema: str) -> str:
-    """DATABASE_URL as a conninfo, over DEFAULTS. `schema`, of the tables, is application_name too.
+    """DATABASE_URL as a conninfo. `schema`, of the tables, is application_name too.
 
     Drops harmless parameters of other drivers. Raises SystemExit with one line without a password.
     """
-    pasted = PASTED.fullmatch(database_url.strip("\ufeff\u200b \t\r\n"))
-    text = pasted[2].strip() if pasted else ""
+    text = PASTED.sub("", database_url.strip("\ufeff\u200b \t\r\n"), count=1)
+    text = QUOTED.sub(r"\2", text).strip()
     if not text:
         raise SystemExit("DATABASE_URL is not set: the service needs a PostgreSQL database")
-    uri, dropped = uri_for_libpq(text) if "://" in text else (text, {})
+    is_uri = re.match("[^=]*://", text)  # else host=…, which may end in a value's semicolon
+    uri, dropped = uri_for_libpq(text.rstrip("; ")) if is_uri else (text, {})
     try:
         given = conninfo.conninfo_to_dict(uri)
-    except psycopg.ProgrammingError:
+    except (psycopg.ProgrammingError, UnicodeError):  # %ff is not UTF-8
         raise SystemExit(MALFORMED) from None
     paths = [unquote(value) for name, value in dropped.items() if name.lower() in SCHEMAS]
     for path in paths + SEARCH_PATH.findall(str(given.get("options"))):
@@ -55,7 +54,7 @@ def connection_string(database_url: str, schema: str) -> str:
             raise SystemExit(f"{MALFORMED}. Its {name} is not a number")
     if PLACEHOLDER.fullmatch(str(given.get("password", ""))):
         raise SystemExit("DATABASE_URL has a placeholder in place of the password")
-    defaults = DEFAULTS | {"application_name": schema}
+    defaults = {"connect_timeout": "3", "keepalives_idle": "30", "application_name": schema}
     return conninfo.make_conninfo("", **defaults | given | {"client_encoding": "utf8"})
 
 
@@ -77,7 +76,7 @@ def uri_for_libpq(uri: str) -> tuple[str, dict[str, str]]:
     if "ssl" in given:  # which does not weaken libpq's word
         given.setdefault("sslmode", given.pop("ssl"))
     if mode := given.get("sslmode"):
-        given["sslmode"] = SSLMODES.get(mode, mode)
+        given["sslmode"] = SSLMODES.get(mode.lower(), mode)
     dropped = {name: given.pop(name) for name in given.keys() - LIBPQ}
     if unknown := {name for name in dropped if not HARMLESS.search(name)}:
         raise SystemExit(f"DATABASE_URL has an unknown parameter, remove it: {min(unknown)}")

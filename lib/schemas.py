@@ -42,7 +42,7 @@ class Body(SQLModel):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         parts: list[Any] = [handler(source)]
-        for part in parts:  # which grow
+        for part in parts:  # which grow meanwhile
             parts += part.values() if isinstance(part, dict) else ()
             parts += part if isinstance(part, list | tuple) else ()
             kind = isinstance(part, dict) and part.get("type")
@@ -56,15 +56,11 @@ class Body(SQLModel):
 # Accounts.
 
 
-def normal_email(email: str) -> str:
-    """The one spelling by which an e-mail is stored, found and counted."""
-    return email.lower()
-
-
+# In lower case it is stored, found and counted. It may be longer then, as "İ" becomes.
 Email = Annotated[str, StringConstraints(strip_whitespace=True), Field(
     min_length=3, max_length=254, pattern=rf"^[^@{WHITESPACE}]+@[^@{WHITESPACE}]+$", title="E-mail",
     description="needs an @ between two parts without spaces", examples=["ann@example.com"],
-), AfterValidator(normal_email)]  # fmt: skip
+), AfterValidator(str.lower), StringConstraints(max_length=254)]  # fmt: skip
 Password = Annotated[str, Field(title="Password", min_length=8, max_length=128,
     description="8 to 128 characters", examples=["correct horse"])]  # fmt: skip
 AnyPassword = Annotated[str, Field(min_length=1, max_length=1024, examples=["correct horse"],
@@ -72,7 +68,7 @@ AnyPassword = Annotated[str, Field(min_length=1, max_length=1024, examples=["cor
 
 
 class User(SQLModel):
-    """A user. One of an outside issuer has no e-mail here, and no date before the first task."""
+    """A user. One of an outside issuer has no e-mail here, and no date before the first write."""
 
     id: str
     email: Email | None

@@ -19,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import db
 from conftest import HERE, client, execute, serving
 from lib import prepare
-from lib.connect_errors import NotReady
+from lib.connect_errors import NotReady, explain
 from lib.database_url import connection_string
 from lib.prepare import prepare_database
 from pgpipeline import Statement
@@ -162,6 +162,13 @@ def test_a_schema_that_may_not_be_applied_and_is_missing_is_one_line(empty: str)
     assert '"todo.tasks" does not exist; the schema was not applied: permission denied' in line
 
 
+def test_a_start_that_goes_on_without_the_schema_is_not_said_to_apply_it(by_hand: str) -> None:
+    with role(by_hand, USAGE, f"GRANT {DML} TO") as url:
+        start = prepare.Start(connection_string(url, "todo"), SCHEMA, "todo.tasks", db.STATEMENTS)
+        asyncio.run(start.prepare())
+    assert start.state == prepare.WAITING
+
+
 def test_a_role_that_owns_the_schema_and_nothing_else_applies_it(empty: str) -> None:
     with role(empty, *lines_to_type("A database shared with others")) as url:
         prepared(url)
@@ -282,7 +289,7 @@ WORKS = "postgresql://u:p%40@h:1/d"
     "given",
     [
         f" {WORKS}\r\n", f"psql '{WORKS}'", f'psql "{WORKS}"', f"DATABASE_URL={WORKS}",
-        f"export DATABASE_URL='{WORKS}';", f"\ufeff{WORKS}",
+        f"export DATABASE_URL='{WORKS}';", f"\ufeff{WORKS}", f"DATABASE_URL={WORKS} ;",
         WORKS.replace("postgresql", "postgres"), WORKS.replace("postgresql", "postgresql+asyncpg"),
         WORKS.replace("postgresql", "postgresql+psycopg"),
         "jdbc:postgresql://h:1/d?user=u&password=p%40",
@@ -291,6 +298,7 @@ WORKS = "postgresql://u:p%40@h:1/d"
         f"{WORKS}?uselibpqcompat=true&max=20&idleTimeoutMillis=1&statement_timeout=1", f"{WORKS}?",
         f"{WORKS}?supa=base-pooler.x&pool_size=5&max_overflow=2", f"{WORKS}?client_encoding=latin1",
         "host=h port=1 dbname=d user=u password='p@'", "jdbc:postgresql://h:1/d?password=p@&user=u",
+        f"{WORKS}?ssl=True",
     ],
 )  # fmt: skip
 def test_a_database_url_is_taken_as_people_have_it(given: str) -> None:
@@ -300,10 +308,14 @@ def test_a_database_url_is_taken_as_people_have_it(given: str) -> None:
     assert found["client_encoding"] == "utf8"
 
 
-@parametrize("password", ["p&schema=x", "[k3]", "my-password-1", "not your password", "<>"])
+@parametrize(
+    "password",
+    ["p&schema=x", "[k3]", "my-password-1", "not your password", "<>", "a;", "a://b", "';"],
+)
 def test_a_password_that_reads_like_something_else_is_a_password(password: str) -> None:
-    given = f"postgresql://u:{quote(password)}@your-password.example/d"
-    assert conninfo_to_dict(connection_string(given, "todo"))["password"] == password
+    uri = f"postgresql://u:{quote(password, '')}@your-password.example/d"
+    for given in (uri, make_conninfo(host="your-password.example", password=password)):
+        assert conninfo_to_dict(connection_string(given, "todo"))["password"] == password
 
 
 @parametrize("other", ["ssl=true", "ssl=0"])
@@ -319,6 +331,7 @@ def test_another_drivers_word_for_tls_does_not_weaken_sslmode(other: str) -> Non
         ("postgresql://u:hun@ter2@h/d", "%40"), ("postgresql://u:hun/ter2@h/d", "%2F"),
         ("postgresql://u:a/b?hunter2=c@h/d", "%2F"),
         ("postgresql://u:100%hunter2@h/d", "%25"), ("postgresql://u:hun ter2@h/d", "form"),
+        ("postgresql://u:%ffhunter2@h/d", "%25"),
         ("u:hunter2@h/d", "form"), ("hunter2", "form"), ("mysql://u:hunter2@h/d", "PostgreSQL"),
         ("https://hunter2.supabase.co", "PostgreSQL"),
         ("postgresql://u:[YOUR-PASSWORD]@h/d", "placeholder"),
@@ -372,6 +385,12 @@ def test_an_error_that_waiting_does_not_cure_ends_the_start_in_any_language(sqls
     assert line.endswith("ВАЖНО:  доступ запрещён")
 
 
+def test_the_line_that_ends_the_start_is_of_the_attempt_that_cannot_be_cured() -> None:
+    earlier = psycopg.OperationalError("connection refused")
+    with pytest.raises(NotReady, match=r"wrong password$"):
+        asyncio.run(explain(earlier, fake_server("28P01", "wrong password")))
+
+
 @parametrize("host", ["", "certificate-not-known.invalid"])
 def test_an_error_that_waiting_cures_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, host: str
@@ -395,9 +414,10 @@ def test_the_line_of_a_database_is_its_error_and_not_a_detail(empty: str) -> Non
         (b"S", "sslmode=verify-full&sslrootcert=/nowhere", 'file "/nowhere" does not exist'),
         (b"N", "sslmode=require", "server does not support SSL"),
         (b"N", "sslmode=wrong", "invalid sslmode value"),
+        (b"N", "port=1,2", "could not match 2 port numbers to 1 hosts"),
     ],
 )
-def test_tls_that_cannot_work_ends_the_start_at_once(
+def test_parameters_that_cannot_work_end_the_start_at_once(
     tls: bytes, parameters: str, words: str
 ) -> None:
     line = refusal(f"{fake_server('57P03', 'x', tls)}?{parameters}")

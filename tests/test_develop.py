@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from psycopg.pq import PGconn
 
 from conftest import HERE, copy_service, free_port, listens, outside, wait_until
 from lib import develop, serve
@@ -192,6 +193,21 @@ def test_the_run_after_a_killed_one_finds_its_data_and_stops_its_postgresql(used
     wait_until(lambda: not listens(killed.port), 20)
     with running(used, PORT=str(killed.port)) as run:
         assert run.ask("/auth/login", ACCOUNT).is_success
+    assert inside(used) == []
+
+
+@pytest.mark.slow
+def test_a_postgresql_that_was_killed_while_it_worked_is_no_hindrance(used: Path) -> None:
+    killed = Run(used)
+    assert killed.ask("/health/ready").is_success
+    (postmaster,) = (p for p in inside(used, "postgres") if p.ppid() == killed.process.pid)
+    host = postmaster.cmdline()[postmaster.cmdline().index("-k") + 1]
+    connection = PGconn.connect(f"user=postgres host='{host}'".encode())
+    connection.send_query(b"DO $$ BEGIN LOOP END LOOP; END $$")
+    postmaster.kill()
+    killed.end(signal.SIGKILL)
+    with running(used) as run:
+        assert run.ask("/health/ready").is_success
     assert inside(used) == []
 
 

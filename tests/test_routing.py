@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from datetime import date
+from enum import Enum
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -28,6 +29,10 @@ from lib.routing import PreparedRoutes, prepare
 
 parametrize = pytest.mark.parametrize
 calls: list[str] = []  # of dependencies, in their order
+
+
+class Color(Enum):
+    RED, BLUE = "red", 1
 
 
 class Item(BaseModel):
@@ -84,6 +89,7 @@ PREPARED: dict[str, Any] = {
     "/single": takes(
         number=int, flag=(bool | None, None), kind=(Literal["a", "b"], "a"),
         limit=(Annotated[int, Query(ge=1, le=9)], 5), day=(date | None, None),
+        color=(Color | None, None), mixed=(Literal["a", 1], "a"),
     ),
     "/defaults": takes(
         first=(int, Query(3)), made=Annotated[int, Query(default_factory=int)],
@@ -122,7 +128,8 @@ ITEMS: list[Any] = [
 PROBES: list[tuple[str, dict[str, Any]]] = [
     *[("/single?" + query, {}) for query in (
         "", "number=1&number=2", "number=&flag=&kind=&day=", "NUMBER=1", "number=1.0",
-        "number=x&flag=y&kind=c&limit=0&day=x", "number=%D9%A1", "number=%00&limit=10&limit=2",
+        "number=x&flag=y&kind=c&limit=0&day=x&color=x&mixed=x", "number=1&color=red&mixed=a",
+        "number=%D9%A1", "number=%00&limit=10&limit=2",
         "number=1&kind=b&limit=9&flag=yes&day=2027-01-31&more=2",
     )],
     *[("/aliased?" + query, {}) for query in (
