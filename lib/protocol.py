@@ -2,13 +2,13 @@
 
 uvicorn 0.54 sets no bounds, loses the body behind an Upgrade, and takes trailers for headers.
 
-    state    what happens                 known by                  timer
-    HEAD     a head is awaited or read    its timer                 "head": HEAD_TIMEOUT, close()
-    SERVING  a request is answered        running                   none: the application's own
-    IDLE     all requests are answered    timeout_keep_alive_task   that: KEEP_ALIVE, close()
-    REFUSED  what comes is thrown away    refused                   "last": READ_TIMEOUT, abort()
-    CLOSING  the client reads the rest    transport.is_closing()    "last", which goes on
-    any      more than UNREAD bytes wait  flow.write_paused         "last", until they are fewer
+    state                    what happens                 timer
+    timers["head"]           a head is awaited or read    HEAD_TIMEOUT, then close()
+    running                  a request is answered        none: the application's own
+    timeout_keep_alive_task  all requests are answered    KEEP_ALIVE, then close()
+    refused                  what comes is thrown away    "last": READ_TIMEOUT, then abort()
+    transport.is_closing()   the client reads the rest    "last", which goes on
+    flow.write_paused        more than UNREAD bytes wait  "last", until they are fewer
 
 `running` is the request that is answered, `pipeline` has those that wait, `cycle` is the newest.
 """
@@ -158,7 +158,6 @@ class Protocol(HttpToolsProtocol):
         if self.running and (self.pipeline or not self.running.more_body):
             self.cycle.keep_alive = False  # uvicorn closes after it
             return
-        # It is a head, or the body or the trailer of the request that is answered.
         if not (self.running and self.running.response_started):
             self.transport.write(STATUS_LINE[status] + REFUSAL)
         self.give_up(status)

@@ -15,13 +15,10 @@ from pydantic import Field
 
 from lib.settings import BaseSettings
 
-# Seconds that an idle connection stays open. Heroku's router keeps its own for 90 s and asks for
-# 95 or more: otherwise it sends a request on a connection that we are about to close.
-KEEP_ALIVE = 100
+KEEP_ALIVE = 100  # seconds of an idle connection: more than the 90 of Heroku's router
 SHUTDOWN = 8  # seconds that requests have to end after SIGTERM; platforms kill after 10 or more
 
-# libuv accepts one connection for each listening socket and turn of the event loop (its PR 3696),
-# so that 1,000 clients that connect at once under load wait for 1,000 turns: the last waited 5 s.
+# libuv accepts one connection for each listening socket and turn of the event loop (its PR 3696).
 LISTENERS = 64  # duplicates of the socket: 200 connections take 5 turns instead of 201
 
 FLAGS: dict[str, Any] = {
