@@ -98,7 +98,8 @@ class PipelinePool:
         self.queue.for_slow = for_slow if len(active) > 1 else None
         usable = [pipeline for pipeline in active if not pipeline.is_silent(now)]
         self.fill(usable.copy())
-        busy = min(2, self.depth)  # queries under way, from which on another pipeline is opened
+        # Another one is opened if each has so many queries under way, or if there is none.
+        busy = min(2, self.depth)
         if all(len(each.sent) >= busy for each in usable if each is not for_slow):
             self.open_pipeline()
 

@@ -56,7 +56,8 @@ place_of = attrgetter("place")
 
 
 class Queue:
-    """The lines of all tenants. `size` is how many pipelines serve them."""
+    """The lines of all tenants. `size` is how many pipelines serve them. `for_slow` is set from
+    outside, before queries are taken."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -64,7 +65,7 @@ class Queue:
         self.waiting: set[Query] = set()
         self.heads: list[Query] = []  # the first query of each line, sorted by place
         self.slow: dict[Tenant, float] = {}  # until when, on the clock of time.monotonic()
-        self.for_slow: Hashable = None  # the pipeline that is kept for them, and no other tenant
+        self.for_slow: Hashable = None  # the pipeline that takes them alone, now
         self.next_place = 0  # of a tenant without queries; never before one that was sent
 
     # Queries that come, and queries that leave without having been sent...

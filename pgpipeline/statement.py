@@ -41,7 +41,8 @@ class Statement:
         """
         self.generation += 1
         digest = hashlib.sha256(self.text).hexdigest()[:16]
-        self.prepared_name = f"{self.name}_{digest}_{self.generation}".encode()
+        # PostgreSQL would cut the name after 63 bytes.
+        self.prepared_name = f"{self.name:.40}_{digest}_{self.generation}".encode()
 
 
 def encode(value: Value) -> bytes | None:
