@@ -6,14 +6,11 @@ raise email_taken()  # a new one each time: an exception keeps the traceback of 
 
 import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from functools import cache
-from http import HTTPStatus
-from inspect import signature
+from http.client import responses
 from typing import Any, get_args
 
-from fastapi import Request, Response, params
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic.fields import FieldInfo
 from sqlmodel import Field, SQLModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -21,6 +18,7 @@ from starlette.types import Scope
 
 from lib.state import state_of
 
+MakeProblem = Callable[[], "HTTPProblem"]
 Respond = Callable[[Request, Any], Coroutine[Any, Any, Response]]
 RETRY = {"Retry-After": "2"}
 PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # newer than Python 3.11's
@@ -35,7 +33,7 @@ class FieldError(SQLModel):
 
 
 class Problem(SQLModel):
-    """An error (RFC 9457). `detail` may be shown to people; `code` is for programs and stays."""
+    """An error (RFC 9457). `detail` may be shown to people."""
 
     type: str
     title: str
@@ -48,10 +46,8 @@ class Problem(SQLModel):
 
 
 class HTTPProblem(HTTPException):
-    """An HTTPException with a code, by default made of the title (RFC 9110 section 15).
-
-    `errors` are as FieldError; `reason` is for the log alone.
-    """
+    """An HTTPException with a code, by default made of the title (RFC 9110 section 15). `errors`
+    are as FieldError; `reason` is for the log alone."""
 
     def __init__(
         self,
@@ -62,7 +58,7 @@ class HTTPProblem(HTTPException):
         errors: Sequence[Mapping[str, Any]] = (),
         reason: str = "",
     ) -> None:
-        self.title = PHRASES.get(status) or HTTPStatus(status).phrase
+        self.title = PHRASES.get(status) or responses.get(status, "Error")
         super().__init__(status, detail or self.title, headers)
         self.code = code or self.title.lower().replace(" ", "_")
         self.errors, self.reason = list(errors), reason
@@ -75,7 +71,7 @@ class HTTPProblem(HTTPException):
 
 
 class Unauthorized(HTTPProblem):
-    """401 with a challenge. `description` tells the client what is wrong with its token."""
+    """401 with a challenge. `description` says what is wrong with the token."""
 
     def __init__(
         self,
@@ -93,15 +89,15 @@ class Unauthorized(HTTPProblem):
     def challenge(self, realm: str) -> str:
         """WWW-Authenticate (RFC 6750 section 3): without an error where no token came."""
         text = f'Bearer realm="{realm}"'
-        if self.code not in ("not_authenticated", "wrong_credentials", "wrong_password"):
+        if "token" in self.code:  # as the codes of all refused tokens have
             text += ', error="invalid_token"'
         return text + (f', error_description="{self.description}"' if self.description else "")
 
 
 def responder(
     realm: str,
-    malformed_path: Callable[[], HTTPProblem],
-    exceptions: Mapping[type[Exception], Callable[[], HTTPProblem]],
+    malformed_path: MakeProblem,
+    exceptions: Mapping[type[Exception], MakeProblem],
 ) -> Respond:
     """An exception handler for all exceptions. `realm` is for the challenge of a 401.
 
@@ -112,24 +108,23 @@ def responder(
     async def respond(request: Request, error: Exception) -> Response:
         scope, state = request.scope, state_of(request.scope)
         known = exceptions.get(type(error))
-        problem = known() if known else to_problem(error, scope) or malformed_path()
+        problem = known() if known else to_problem(error, scope, malformed_path)
         state.reason = problem.reason or (str(error) if known else "")
         headers = dict(problem.headers or {})
         if isinstance(problem, Unauthorized):
             headers["WWW-Authenticate"] = problem.challenge(realm)
         if problem.status_code == 405:  # Starlette names the methods of one route
             headers["Allow"] = ", ".join(allowed_methods(scope))
-        body = json.dumps(problem.members(state.request_id))
+        has_body = problem.status_code not in (204, 304)  # RFC 9110 section 6.4.1
+        body = json.dumps(problem.members(state.request_id)) if has_body else None
         return Response(body, problem.status_code, headers, "application/problem+json")
 
     return respond
 
 
-def to_problem(error: Exception, scope: Scope) -> HTTPProblem | None:
-    """The problem of an exception: 500 for one that nobody has foreseen, None for a malformed path.
-
-    A body that is not JSON is 400, a value against its schema 422. Neither repeats the input.
-    """
+def to_problem(error: Exception, scope: Scope, malformed_path: MakeProblem) -> HTTPProblem:
+    """The problem of an exception: 400 for a body that is not JSON, 422 for a value against its
+    schema, 500 for what nobody has foreseen. None of them repeats the input."""
     if isinstance(error, HTTPProblem):
         return error
     if isinstance(error, HTTPException):
@@ -139,38 +134,42 @@ def to_problem(error: Exception, scope: Scope) -> HTTPProblem | None:
     wrong = error.errors()
     if wrong[0]["type"] == "json_invalid":
         return HTTPProblem(400, f"The body is not JSON: {wrong[0]['msg']}")
-    if any(each["loc"][0] == "path" for each in wrong):  # whatever else is wrong
-        return None
-    known = sentences(scope["route"].endpoint) if scope.get("route") else {}
+    if any("path" in each["loc"][:1] for each in wrong):  # whatever else is wrong
+        return malformed_path()
+    known = sentences(scope["route"].dependant) if "route" in scope else {}
     errors = [{"loc": e["loc"], "msg": sentence(e, known), "type": e["type"]} for e in wrong]
     missing = [str(each["loc"][-1]) for each in wrong if each["type"] == "missing"]
     several = f"{' and '.join(missing)} have to be sent" if len(missing) > 1 else ""
     return HTTPProblem(422, several or errors[0]["msg"], errors=errors)
 
 
-def sentence(error: Mapping[str, Any], known: Mapping[str, str]) -> str:
+def sentence(error: Mapping[str, Any], known: Mapping[tuple[str, ...], str]) -> str:
     """What is wrong with a value: the sentence of its field, or else pydantic's words."""
-    name, words = str(error["loc"][-1]), error["msg"].removeprefix("Value error, ")
-    if len(error["loc"]) == 1:  # the whole body
-        return words if error["type"] == "value_error" else "The body has to be a JSON object"
-    words = "has to be sent" if error["type"] == "missing" else words
-    return known.get(name.lower(), f"{name}: {words}")
+    kind, words = error["type"], error["msg"].removeprefix("Value error, ")
+    if len(error["loc"]) == 1 and kind in ("missing", "model_attributes_type", "dict_type"):
+        return "The body has to be a JSON object"
+    words = "has to be sent" if kind == "missing" else words
+    place = tuple(part for part in error["loc"] if isinstance(part, str))  # an int is an index
+    name = ".".join(place[1:])
+    return known.get(place, f"{name}: {words}" if name else words)
 
 
-@cache
-def sentences(function: Callable[..., Any]) -> dict[str, str]:
-    """The title and description of each value of a route and its dependencies, by its names."""
-    fields: dict[str, FieldInfo] = {}
-    found: dict[str, str] = {}
-    for name, parameter in signature(function, eval_str=True).parameters.items():
-        fields[name] = FieldInfo.from_annotation(parameter.annotation)
-        for part in (parameter.annotation, *get_args(parameter.annotation)):
-            fields |= getattr(part, "model_fields", {})
-            found |= sentences(part.dependency) if isinstance(part, params.Depends) else {}
-    for name, info in fields.items():
-        if info.description:
-            names = getattr(info.validation_alias, "choices", [info.alias or name])
-            found |= {each.lower(): f"{info.title or name}: {info.description}" for each in names}
+def sentences(dependant: Any) -> dict[tuple[str, ...], str]:
+    """The title and description of each value that a route takes, by ("query", "limit")."""
+    found: dict[tuple[str, ...], str] = {}
+    for each in dependant.dependencies:
+        found |= sentences(each)
+    for place in ("query", "header", "cookie", "body"):
+        fields: dict[str, Any] = {}
+        for param in getattr(dependant, f"{place}_params"):
+            fields[param.name], kind = param.field_info, param.field_info.annotation
+            for model in (dependant.call, kind, *get_args(kind)):
+                fields |= getattr(model, "model_fields", {})
+        for name, info in fields.items():
+            if info.description:
+                names = getattr(info.validation_alias, "choices", [info.alias or name])
+                text = f"{info.title or name}: {info.description}"
+                found |= {(place, each): text for each in names if isinstance(each, str)}
     return found
 
 
