@@ -46,7 +46,7 @@ import db
 import pgpipeline
 from lib import cors, develop, logs, middleware, openapi, pages, problems, schemas, startup
 from lib.headers import Conditions, IdempotencyKey, IfConditions, next_link, precondition_failed
-from lib.paths import CanonicalPath, client_path
+from lib.paths import CanonicalRequest, client_path
 from lib.problems import RETRY, HTTPProblem, Unauthorized
 from lib.routing import PreparedRoutes
 from lib.schemas import NOT_SENT, WHITESPACE, After, Limit, Offset, PageNumber
@@ -163,7 +163,7 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
         Middleware(middleware.ErrorResponses, respond=respond),  # an exception as JSON
-        Middleware(CanonicalPath, names=NAMES, unless=CANONICAL),  # an alias as its route
+        Middleware(CanonicalRequest, names=NAMES, unless=CANONICAL),  # as its route
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
         Middleware(PreparedRoutes),  # routing like FastAPI's, but faster
     ],
@@ -443,9 +443,9 @@ async def ready() -> dict[str, str]:
 
 
 @app.get("/", tags=["service"])
-async def root() -> dict[str, str]:
-    """Name, version, and where the docs are."""
-    return {"name": "todo", "version": VERSION, "docs": "/docs"}
+async def root(request: Request) -> dict[str, str]:
+    """Name, version and documentation."""
+    return {"name": "todo", "version": VERSION, "docs": request.scope["root_path"] + "/docs"}
 
 
 pages.add_pages(app)  # /docs and /redoc: last, as they are asked for least

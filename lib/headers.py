@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Annotated, NamedTuple
 from urllib.parse import urlencode
 
@@ -28,11 +28,9 @@ class Conditions(NamedTuple):
     none_match: list[str] | None = None
 
     def versions(self, shape: str) -> str | None:
-        """The versions that may be written, of tags "version-shape". None for any.
-
-        They are a list of intervals, as in PostgreSQL's int8multirange. If-Match compares strongly,
-        so that a weak tag is no version; If-None-Match weakly.
-        """
+        """The versions that may be written, as int8multirange: {[2,2],[4,4]} for If-Match "2-s",
+        "4-s" and shape s. None: any. If-Match compares strongly (a weak tag is no version),
+        If-None-Match weakly."""
         if self.none_match == ["*"]:
             return "{}"
         refused = numbers((tag.removeprefix("W/") for tag in self.none_match or ()), shape)
@@ -56,14 +54,16 @@ class Conditions(NamedTuple):
 
 def numbers(tags: Iterable[str], shape: str) -> set[int]:
     """The versions in entity tags like "version-shape"."""
-    found = (re.fullmatch(rf'"([1-9]\d{{0,17}})-{shape}"', tag) for tag in tags)
+    found = (re.fullmatch(rf'"([1-9]\d{{0,17}})-{re.escape(shape)}"', tag) for tag in tags)
     return {int(each[1]) for each in found if each}
 
 
 def parse_tags(value: str | None) -> list[str] | None:
     """The tags of a list. What is no list of entity tags matches nothing."""
-    if value is None or value == "*":
-        return ["*"] if value else None
+    if value is None:
+        return None
+    if value == "*":
+        return ["*"]
     return re.findall(TAG, value) if TAGS.fullmatch(value) else []
 
 
@@ -93,7 +93,7 @@ IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key"), AfterVal
 def next_link(request: Request, last_id: str) -> str:
     """Link to what follows `last_id`: the request's path and query, with `after` for the place."""
     place = ("after", "offset", "skip", "page")
-    sent = request.query_params.items()
-    # What a route takes is short. The rest is left out, so that the Link fits a proxy's buffer.
-    query = {name: text for name, text in sent if name not in place and len(text) <= 40}
-    return f'<{client_path(request)}?{urlencode(query | {"after": last_id})}>; rel="next"'
+    sent = (urlencode([each]) for each in request.query_params.items() if each[0] not in place)
+    # It has to fit a proxy's buffer. What a route takes is short.
+    kept = islice((each for each in sent if len(each) <= 100), 20)
+    return f'<{client_path(request)}?{"&".join([*kept, f"after={last_id}"])}>; rel="next"'

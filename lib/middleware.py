@@ -1,13 +1,14 @@
 """ASGI middleware, one duty each. A host lists the classes from the outside in.
 
 RequestLog comes first, because it makes the RequestState that the others use.
-What does nothing after the app is no coroutine: 1,000 that wait would take 2 MB.
+Where nothing is done after the app, __call__ returns its coroutine: 1,000 more would take 2 MB.
 """
 
 import asyncio
 import random
 import re
 from collections import Counter
+from collections.abc import Awaitable
 from contextlib import suppress
 from functools import lru_cache
 from ipaddress import ip_address
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, IPvAnyNetwork
 from pydantic_settings import NoDecode
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib import logs
@@ -27,10 +28,9 @@ from lib.state import RequestState, state_of
 
 MAX_BODY = 131_072  # bytes of a request's body
 MAX_BODIES = 32_000_000  # bytes of all bodies
-MAX_SHARE = 4_000_000  # bytes of the bodies of one user, or of one address without a user
+MAX_SHARE = 4_000_000  # bytes of the bodies of a user, or of an address without one
 SMALL = 8_192  # bytes of a body that always find room
 BODY_TIMEOUT = 10  # seconds for a body to arrive
-
 PLAIN_ID = re.compile(rb"[\w.:-]{1,64}")  # an X-Request-ID that is taken over
 
 # Private networks, where the proxies of platforms stand (RFC 1918, 4193, 6598).
@@ -65,7 +65,8 @@ def client_address(peer: str, sent: str) -> str:
 @lru_cache(4096)
 def is_proxy(address: str) -> bool:
     with suppress(ValueError):  # no address
-        ip = ip_address(address.removeprefix("::ffff:"))  # IPv4 at a socket for both
+        ip = ip_address(address)
+        ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:10.0.0.1 at a socket for both
         return any(ip in network for network in settings.forwarded_allow_ips)
     return False
 
@@ -88,17 +89,17 @@ class RequestLog:
         if not PLAIN_ID.fullmatch(request_id):
             request_id = b"%032x" % random.getrandbits(128)
         has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
-        peer = scope["client"][0] if scope["client"] else ""
+        peer = (scope.get("client") or [""])[0]
         client = client_address(peer, headers.get(CLIENT_HEADER, b"").decode("latin-1"))
         if client != peer:
             scope["client"] = client, 0  # for telemetry
         state = RequestState(headers, request_id.decode(), client, None if has_body else b"")
-        scope["state"]["request"] = state
+        scope.setdefault("state", {})["request"] = state  # a server may leave it out
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 state.status = message["status"]
-                message["headers"].append((b"x-request-id", request_id))
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
                 if state.body is None:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
@@ -126,10 +127,8 @@ class RequestLog:
 
 
 def values_of(lines: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """The value of each header (RFC 9110): several lines of a name are one list (section 5.3).
-
-    White space around a value is no part of it (section 5.5).
-    """
+    """The value of each header: the lines of a name are one list (RFC 9110 section 5.3).
+    White space around a value is no part of it (section 5.5)."""
     values: dict[bytes, bytes] = {}
     for name, value in lines:
         before = values[name] + b", " if name in values else b""
@@ -139,9 +138,7 @@ def values_of(lines: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
 
 class ErrorResponses:
     """Answers every exception by `respond`: inside CORS, so that a browser may read a 500 too.
-
-    What became a 500 is raised again, for logs and telemetry: then uvicorn closes the connection.
-    """
+    A 500, and what breaks a response off, is raised again: uvicorn then closes the connection."""
 
     def __init__(self, app: ASGIApp, respond: Respond) -> None:
         self.app, self.respond = app, respond
@@ -149,10 +146,11 @@ class ErrorResponses:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self.app(scope, receive, send)
-        except ClientDisconnect:
-            pass
         except (Exception, asyncio.CancelledError) as error:
-            if scope["type"] != "http" or state_of(scope).status:  # the response has started
+            if scope["type"] != "http":
+                raise
+            if state_of(scope).status:  # the response has started
+                state_of(scope).reason = f"broken off: {type(error).__name__}"
                 raise
             if isinstance(error, asyncio.CancelledError):  # by uvicorn, some time after SIGTERM
                 error = HTTPProblem(503, "The service is shutting down", headers=RETRY)
@@ -176,9 +174,9 @@ class BodyLimit:
         self.app, self.pending = app, 0
         self.shares = Counter[str]()  # of whoever has bytes here now
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
-        is_without = scope["type"] != "http" or state_of(scope).body is not None
-        return (self.app if is_without else self.limit)(scope, receive, send)
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        has_none = scope["type"] != "http" or state_of(scope).body is not None
+        return (self.app if has_none else self.limit)(scope, receive, send)
 
     async def limit(self, scope: Scope, receive: Receive, send: Send) -> None:
         state, body, owner = state_of(scope), bytearray(), ""
@@ -195,30 +193,30 @@ class BodyLimit:
                 async with asyncio.timeout(BODY_TIMEOUT):
                     await self.read(receive, owner, body)
             except TimeoutError:
-                text = f"The body did not arrive within {BODY_TIMEOUT} seconds"
-                raise HTTPProblem(408, text) from None
-            state.body = body
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+                raise HTTPProblem(408, f"The body took over {BODY_TIMEOUT} seconds") from None
+            state.body = bytes(body)
+            body.clear()  # so that its bytes are here once
+            return {"type": "http.request", "body": state.body, "more_body": False}
 
         try:
             await self.app(scope, receive_whole, send)
         finally:
-            self.hold(owner, -len(body))
+            self.hold(owner, -len(state.body or body))
 
     async def read(self, receive: Receive, owner: str, body: bytearray) -> None:
         """Adds to the body, and to what its owner holds."""
-        more = True
-        while more:
+        while True:
             message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            body += message["body"]
-            self.hold(owner, len(message["body"]))
+            if message["type"] == "http.disconnect":  # FastAPI turns other exceptions into 400
+                raise HTTPProblem(499, "The client left")  # for the log
+            chunk = message.get("body", b"")
+            body += chunk
+            self.hold(owner, len(chunk))
             self.check_size(len(body))
-            is_full = self.pending > MAX_BODIES or self.shares[owner] > MAX_SHARE
-            if is_full and len(body) > SMALL:
+            if len(body) > SMALL and (self.pending > MAX_BODIES or self.shares[owner] > MAX_SHARE):
                 raise HTTPProblem(503, "Too many uploads", headers=RETRY)
-            more = message["more_body"]
+            if not message.get("more_body", False):
+                return
 
     def hold(self, owner: str, size: int) -> None:
         """Counts bytes for an owner, or takes them back (`size` below 0)."""

@@ -1,14 +1,15 @@
-"""Middleware that gives each path its route's form. Clients write, for example:
+"""Middleware that gives each request the form of its route. What clients write instead of it:
 
-/api/v1/…                                     for /api/…
-/api/tasks, /api/auth/…, /api/health          for /tasks, /auth/…, /health
-/users/{user}/tasks, /api/users/{user}/tasks  for /api/{user}/tasks
-/todos, or another name of the collection     for /tasks
-/tasks/create                                 for /tasks
-/tasks/{id}/edit, /tasks/edit/{id}            for /tasks/{id}; update and delete like edit
-/auth/signup, /auth/create                    for /auth/register
-/auth/signin, /auth/current_user              for /auth/login, /auth/me
-/login, /user/login, /users/login             for /auth/login; the other accounts' paths too
+/tasks             /todos or another name of the collection, /tasks/create, //tasks/
+/tasks/{id}        /tasks/{id}/edit, /tasks/edit/{id}; update and delete like edit
+/api/{user}/tasks  /users/{user}/tasks, /api/users/{user}/tasks
+/auth/register     /auth/signup, /auth/create
+/auth/login        /auth/signin, and /auth/token with JSON
+/auth/token        /auth/login with a form
+/auth/me           /auth/current_user, /me, /user/me, /users/me; the others in ALONE like me
+GET, no query      HEAD, ?status=&limit=
+
+Each with /api or /api/v1 before it too, such as /api/v1/todos, /api/auth/login and /api/health.
 """
 
 import re
@@ -21,21 +22,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lib.problems import HTTPProblem
 from lib.state import state_of
 
-# The last part of an account's path, and its name in the routes.
-ACCOUNTS = {"create": "register", "current_user": "me", "login": "login", "logout": "logout",
-    "me": "me", "register": "register", "signin": "login", "signup": "register", "token": "token",
-}  # fmt: skip
+# What clients call the routes of accounts, and which of them stand without /auth as well.
+ACCOUNTS = {"create": "register", "current_user": "me", "signin": "login", "signup": "register"}
+ALONE = {"login", "logout", "me", "register", "signin", "signup", "token"}
 PREFIX = re.compile(r"\A/(?:api/(?:v1/)?)?")
 # A / that is data (RFC 3986 section 2.2), or a line break, before which a route's $ would match.
 NOWHERE = re.compile(rb"%2f|%0a", re.IGNORECASE)
 FORMS = (b"application/x-www-form-urlencoded", b"multipart/form-data")
 
 
-class CanonicalPath:
-    """Never redirects, because a client may drop the Authorization header then. HEAD becomes GET.
+class CanonicalRequest:
+    """Never redirects, because a client may drop Authorization then. Raises HTTPProblem(404).
 
-    `names` are what clients call a collection, and its name in the routes. A path of the form
-    `unless` has no other. Raises HTTPProblem(404).
+    `names`: what clients call a collection, and its name in the routes. `unless`: paths as routes
+    have them, which are not looked up.
     """
 
     def __init__(self, app: ASGIApp, names: Mapping[str, str], unless: str) -> None:
@@ -44,12 +44,12 @@ class CanonicalPath:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
             return self.app(scope, receive, send)
-        root = scope["root_path"] = scope["root_path"].rstrip("/")
-        path, state = scope["path"], state_of(scope)
-        if root and path.startswith(root + "/"):  # a proxy may have removed it
-            path = path[len(root) :]
-        if NOWHERE.search(scope.get("raw_path", b"")):
+        if NOWHERE.search(scope.get("raw_path") or b""):
             raise HTTPProblem(404)
+        root = scope["root_path"] = scope.get("root_path", "").rstrip("/")
+        path, state = scope["path"], state_of(scope)
+        if root and f"{path}/".startswith(root + "/"):  # a proxy may have removed it
+            path = path[len(root) :] or "/"
         state.path = root + path
         if not self.unless.fullmatch(path):
             path = re.sub("/+", "/", path).rstrip("/") or "/"
@@ -65,7 +65,7 @@ class CanonicalPath:
         return (self.get if scope["method"] == "HEAD" else self.app)(scope, receive, send)
 
     async def get(self, scope: Scope, receive: Receive, send: Send) -> None:
-        routed = {**scope, "method": "GET"}  # uvicorn looks at the original and sends no body
+        routed = {**scope, "method": "GET"}  # the server's own says HEAD, so it sends no body
         try:
             await self.app(routed, receive, send)
         finally:
@@ -76,14 +76,15 @@ def canonical(path: str, names: Mapping[str, str]) -> str:
     """The path in the form that a route has."""
     has_user = path.startswith(("/api/", "/users/"))
     match PREFIX.sub("", path).split("/"):
-        case [called, *rest] if called in names:
-            parts = [names[called], *without_verb(rest)]
+        # First, because a user may be called like the collection.
         case ["users", user, called, *rest] | [user, called, *rest] if has_user and called in names:
             parts = ["api", user, names[called], *without_verb(rest)]
+        case [called, *rest] if called in names:
+            parts = [names[called], *without_verb(rest)]
         case ["auth", called]:
             parts = ["auth", ACCOUNTS.get(called, called)]
-        case [called] | ["user" | "users", called] if called in ACCOUNTS:
-            parts = ["auth", ACCOUNTS[called]]
+        case [called] | ["user" | "users", called] if called in ALONE:
+            parts = ["auth", ACCOUNTS.get(called, called)]
         case ["health", *rest]:
             parts = ["health", *rest]
         case _:

@@ -12,14 +12,14 @@ class RequestState:
     headers: dict[bytes, bytes]  # names in lower case; of several lines, one list
     request_id: str
     client: str  # the address of the client, for limits and the log
-    body: bytes | bytearray | None  # b"" when none was announced, None until it has been read
-    path: str = ""  # as the client wrote it, root path included; set by CanonicalPath
-    user_id: str | None = None  # set by auth.current_user
+    body: bytes | None  # None: announced, but not read yet. b"" also where none was announced
+    path: str = ""  # as the client wrote it, with the root path; set by lib.paths
+    user_id: str | None = None  # set by whoever verifies the token
     status: int | None = None  # set when the response starts
     reason: str = ""  # why a request was refused, for the log alone
 
 
 def state_of(scope: Scope) -> RequestState:
-    """The state of a request. Raises KeyError outside RequestLog."""
+    """The state of a request. Raises KeyError unless RequestLog is outside of the caller."""
     state: RequestState = scope["state"]["request"]
     return state

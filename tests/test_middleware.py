@@ -2,18 +2,21 @@
 
 import asyncio
 import json
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
-from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from fastapi import FastAPI, Form, Response
+from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from lib import middleware
 from lib.middleware import BodyLimit, ErrorResponses, RequestLog
-from lib.problems import HTTPProblem
+from lib.paths import CanonicalRequest
+from lib.problems import HTTPProblem, responder
+from lib.routing import PreparedRoutes
 from lib.state import RequestState, state_of
 
 parametrize = pytest.mark.parametrize
@@ -99,6 +102,21 @@ def test_all_bodies_have_one_bound_and_8_kib_always_find_room() -> None:
     run(story)
 
 
+def test_a_body_is_held_once() -> None:
+    held = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal held
+        await receive()
+        held = tracemalloc.get_traced_memory()[0]
+
+    chunk = chunks(131_072)
+    tracemalloc.start()
+    run(lambda: BodyLimit(app)(scope(transfer_encoding="chunked"), chunk, nothing))
+    tracemalloc.stop()
+    assert 131_072 <= held < 200_000
+
+
 def test_a_body_counts_for_its_user_until_the_request_has_ended() -> None:
     async def story() -> None:
         gate = asyncio.Event()
@@ -135,7 +153,7 @@ HOPS = "9.9.9.9, 203.0.113.7:4711, 10.0.0.1"  # the client writes the first
 
 @parametrize(("peer", "sent", "client"), [
     ("10.0.0.1", HOPS, "203.0.113.7"), ("8.8.8.8", HOPS, "8.8.8.8"), ("::1", "", "::1"),
-    ("::ffff:10.0.0.1", HOPS, "203.0.113.7"),
+    ("::ffff:10.0.0.1", HOPS, "203.0.113.7"), ("10.0.0.1", "9.9.9.9,::FFFF:a00:1", "9.9.9.9"),
     ("10.0.0.1", "[2001:db8::1]:4711", "2001:db8::1"), ("10.0.0.1", "10.0.0.2,::1", "10.0.0.2"),
 ])  # fmt: skip
 def test_a_header_that_names_the_client_is_believed_of_proxies_alone(
@@ -169,13 +187,12 @@ def test_a_proxy_outside_of_private_networks_is_believed_where_a_setting_names_i
 @parametrize(
     ("error", "status", "headers"),
     [
-        (ClientDisconnect, None, ()),  # nobody is there
         (ValueError, 500, (b"connection", b"close")),
         (asyncio.CancelledError, 503, (b"x", b"y")),  # by uvicorn, after SIGTERM
     ],
 )
 def test_an_error_is_answered_and_one_that_ends_the_connection_says_so(
-    error: type[BaseException], status: int | None, headers: tuple[bytes, bytes]
+    error: type[BaseException], status: int, headers: tuple[bytes, bytes]
 ) -> None:
     sent: list[Message] = []
 
@@ -193,10 +210,78 @@ def test_an_error_is_answered_and_one_that_ends_the_connection_says_so(
             await ErrorResponses(app, respond)(scope(), nothing, send)
 
     run(story)
-    assert [each["status"] for each in sent[:1]] == [status] * bool(status)
-    assert not status or headers in sent[0]["headers"]
+    assert sent[0]["status"] == status
+    assert headers in sent[0]["headers"]
 
 
-def test_a_request_without_a_response_is_logged_as_499(capfd: pytest.CaptureFixture[str]) -> None:
-    run(lambda: RequestLog(nothing)(scope(), nothing, nothing))
-    assert json.loads(capfd.readouterr().out)["status"] == 499
+async def breaks_off(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200})
+    raise ValueError
+
+
+respond = responder("test", lambda: HTTPProblem(404), {})
+stock, prepared = FastAPI(exception_handlers={HTTPException: respond}), PreparedRoutes(nothing)
+
+
+@stock.post("/json")
+async def read_json(item: dict[str, str]) -> Response:
+    return Response()
+
+
+@stock.post("/form")
+async def read_form(title: Annotated[str, Form()]) -> Response:
+    return Response()
+
+
+@parametrize(("app", "path", "status", "reason"), [
+    (nothing, "/", 499, None), (breaks_off, "/", 200, "broken off: ValueError"),
+    (stock, "/json", 499, None), (stock, "/form", 499, None), (prepared, "/json", 499, None),
+])  # fmt: skip
+def test_the_log_says_that_a_client_left_or_that_a_response_broke_off(
+    app: Any, path: str, status: int, reason: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"x" * 9000}]
+    messages[1]["more_body"] = True
+
+    async def receive() -> Message:
+        return messages.pop()
+
+    async def story() -> None:
+        await prepared({"type": "lifespan", "app": stock}, nothing, nothing)
+        form = b"application/x-www-form-urlencoded"
+        headers = [(b"transfer-encoding", b"chunked"), (b"content-type", form)]
+        sent = {**scope(), "headers": headers, "path": path, "query_string": b"", "root_path": ""}
+        served = RequestLog(ErrorResponses(BodyLimit(app), respond))
+        with pytest.raises(ValueError) if reason else nullcontext():
+            await served(sent | {"app": stock}, receive, nothing)
+
+    run(story)
+    line = json.loads(capfd.readouterr().out)
+    assert (line["status"], line.get("reason")) == (status, reason)
+
+
+def test_a_server_may_leave_out_what_is_optional_in_asgi() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive()).get("body", b"") == b""
+        await send({"type": "http.response.start", "status": 204})
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        assert [name for name, _ in message["headers"]] == [b"x-request-id"]
+
+    least = {"type": "http", "method": "POST", "path": "/", "query_string": b""}
+    served = RequestLog(CanonicalRequest(BodyLimit(app), {}, "/tasks"))
+    run(lambda: served({**least, "headers": [(b"content-length", b"1")]}, receive, send))
+    run(lambda: served({**least, "headers": [], "raw_path": None}, receive, send))
+
+
+@parametrize(("path", "routed"), [
+    ("/svc", "/svc/"), ("/svc/", "/svc/"), ("/svc/todo", "/svc/tasks"), ("/todo", "/svc/tasks"),
+    ("/svcs", "/svc/svcs"),
+])  # fmt: skip
+def test_a_path_is_found_below_the_root_path(path: str, routed: str) -> None:
+    given = {**scope(), "path": path, "root_path": "/svc/", "query_string": b""}
+    run(lambda: CanonicalRequest(nothing, {"todo": "tasks"}, "-")(given, nothing, nothing))
+    assert (given["root_path"], given["path"]) == ("/svc", routed)
