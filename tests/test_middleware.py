@@ -240,8 +240,8 @@ async def read_form(title: Annotated[str, Form()]) -> Response:
 def test_the_log_says_that_a_client_left_or_that_a_response_broke_off(
     app: Any, path: str, status: int, reason: str | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"x" * 9000}]
-    messages[1]["more_body"] = True
+    part = {"type": "http.request", "body": b"x" * 9000, "more_body": True}
+    messages: list[Message] = [{"type": "http.disconnect"}, part]
 
     async def receive() -> Message:
         return messages.pop()
