@@ -39,7 +39,7 @@ TIMEOUT = 5  # seconds from the start of a fetch that a token without a key wait
 PATIENCE = 1  # seconds from there that a token with an EXPIRED key waits
 MAX_SIZE = 262_144  # bytes of a key set
 MAX_TRIED = 10  # keys that a token is tried with
-SAME = {"Ed25519": "EdDSA", "ESP256": "ES256"}  # RFC 9864's names, unknown to PyJWT
+SAME = {"Ed25519": "EdDSA", "ESP256": "ES256"}  # RFC 9864's names
 
 for name, known in SAME.items():
     with suppress(NotImplementedError, ValueError):  # without cryptography; or PyJWT has the name

@@ -59,7 +59,7 @@ class Output:
                     lost = {"message": "log lines dropped", "lines": self.dropped}
                     self.waiting += encode("WARNING", lost)
                     self.dropped = 0
-        except OSError:  # a full disk or no reader: a later call goes on there
+        except OSError:  # full disk or no reader: a later call goes on at that byte
             pass
         finally:
             self.lock.release()

@@ -3,8 +3,8 @@
     limiter = RateLimiter(storage_uri="")
     await limiter.hit("login", parse_limit("10/minute"), "ann@example.com")  # HTTPProblem(429)
 
-With a URI Redis counts for all instances, by one question a hit. A dict counts without, and
-while Redis fails or is slow. Windows are fixed: around the border of two twice the limit may pass.
+With a URI Redis counts for all instances, by one question a hit. A dict counts without, and while
+Redis fails or is slow. Windows are fixed: around the border of two twice the limit may pass.
 """
 
 import asyncio

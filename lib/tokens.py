@@ -1,6 +1,6 @@
 """Verifies JWTs (RFC 7519): the signature first, and then what the claims say.
 
-verifier = TokenVerifier(secret, key_set, issuer="https://app.example", ...)
+verifier = TokenVerifier(secret=..., key_set=..., issuer="https://app.example", ...)
 user_id, expires, by_jwks = await verifier.verify(token)  # raises Unauthorized
 """
 
