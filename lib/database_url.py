@@ -16,7 +16,7 @@ LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 HARMLESS = re.compile(
     r"(?i)schema|search_path|bouncer|supa|workaround|libpqcompat|application|charset|encoding|zone"
     r"|engine|^min|^max|fetch_types|stringtype|inserts|atomic|pool|cache|timeout|limit|lifetime"
-    r"|idle|_age|health|prepare|alive|echo|overflow|cursor|protocol|exec_mode|binary|async"
+    r"|_age|health|prepare|alive|echo|cursor|protocol|exec_mode|binary|async"
 )
 SCHEMAS = {"schema", "currentschema", "search_path"}  # harmless where they name ours
 SEARCH_PATH = re.compile(r"search_path\s*=\s*(\S+)", re.IGNORECASE)  # in libpq's `options`

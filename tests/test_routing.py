@@ -149,7 +149,7 @@ PROBES: list[tuple[str, dict[str, Any]]] = [
     ("/guarded?size=x", {}),
 ]  # fmt: skip
 BEYOND: list[Any] = [
-    Response, Annotated[list[int], Query()], Annotated[Item, Query()],
+    Response, Any, Annotated[list[int], Query()], Annotated[Item, Query()],
     Annotated[str, params.Cookie()],
     Annotated[Item, params.Body(embed=True)], Annotated[Item, params.Form()], header(),
     Annotated[str, Depends(takes)],
