@@ -71,6 +71,7 @@ async def read_conditions(
     if_match: Annotated[str | None, Header(alias="If-Match", max_length=4096)] = None,
     if_none_match: Annotated[str | None, Header(alias="If-None-Match", max_length=4096)] = None,
 ) -> Conditions:
+    """A dependency: what IfConditions gives."""
     return Conditions(parse_tags(if_match), parse_tags(if_none_match))
 
 

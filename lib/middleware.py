@@ -94,7 +94,7 @@ class RequestLog:
         if client != peer:
             scope["client"] = client, 0  # for telemetry
         state = RequestState(headers, request_id.decode(), client, None if has_body else b"")
-        scope.setdefault("state", {})["request"] = state  # a server may leave it out
+        scope.setdefault("state", {})["request"] = state  # optional in ASGI
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

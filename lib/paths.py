@@ -48,7 +48,7 @@ class CanonicalRequest:
             raise HTTPProblem(404)
         root = scope["root_path"] = scope.get("root_path", "").rstrip("/")
         path, state = scope["path"], state_of(scope)
-        if root and f"{path}/".startswith(root + "/"):  # a proxy may have removed it
+        if root and f"{path}/".startswith(root + "/"):  # a proxy may remove it
             path = path[len(root) :] or "/"
         state.path = root + path
         if not self.unless.fullmatch(path):

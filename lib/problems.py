@@ -89,15 +89,13 @@ class Unauthorized(HTTPProblem):
     def challenge(self, realm: str) -> str:
         """WWW-Authenticate (RFC 6750 section 3): without an error where no token came."""
         text = f'Bearer realm="{realm}"'
-        if "token" in self.code:  # as the codes of all refused tokens have
+        if "token" in self.code:  # as in each code for a token
             text += ', error="invalid_token"'
         return text + (f', error_description="{self.description}"' if self.description else "")
 
 
 def responder(
-    realm: str,
-    malformed_path: MakeProblem,
-    exceptions: Mapping[type[Exception], MakeProblem],
+    realm: str, malformed_path: MakeProblem, exceptions: Mapping[type[Exception], MakeProblem]
 ) -> Respond:
     """An exception handler for all exceptions. `realm` is for the challenge of a 401.
 
@@ -136,7 +134,8 @@ def to_problem(error: Exception, scope: Scope, malformed_path: MakeProblem) -> H
         return HTTPProblem(400, f"The body is not JSON: {wrong[0]['msg']}")
     if any("path" in each["loc"][:1] for each in wrong):  # whatever else is wrong
         return malformed_path()
-    known = sentences(scope["route"].dependant) if "route" in scope else {}
+    dependant = getattr(scope.get("route"), "dependant", None)  # only FastAPI's routes have one
+    known = sentences(dependant) if dependant else {}
     errors = [{"loc": e["loc"], "msg": sentence(e, known), "type": e["type"]} for e in wrong]
     missing = [str(each["loc"][-1]) for each in wrong if each["type"] == "missing"]
     several = f"{' and '.join(missing)} have to be sent" if len(missing) > 1 else ""
