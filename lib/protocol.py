@@ -3,10 +3,10 @@
 uvicorn 0.54 sets no bounds, loses the body behind an Upgrade, and takes trailers for headers.
 
     state                    what happens                 timer
-    timers["head"]           a head is awaited or read    HEAD_TIMEOUT, then close()
+    timers["head"]           a head is awaited or read    HEAD_TIMEOUT, close()
     running                  a request is answered        none: the application's own
-    timeout_keep_alive_task  all requests are answered    KEEP_ALIVE, then close()
-    refused                  what comes is thrown away    "last": READ_TIMEOUT, then abort()
+    timeout_keep_alive_task  all requests are answered    KEEP_ALIVE, close()
+    refused                  what comes is thrown away    "last": READ_TIMEOUT, abort()
     transport.is_closing()   the client reads the rest    "last", which goes on
     flow.write_paused        more than UNREAD bytes wait  "last", until they are fewer
 
@@ -89,7 +89,7 @@ class Protocol(HttpToolsProtocol):
             timer.cancel()
 
     def shutdown(self) -> None:
-        """Called after SIGTERM. Who does not read is dropped before uvicorn cancels requests."""
+        """SIGTERM came. Who does not read is dropped before uvicorn cancels what waits for it."""
         super().shutdown()
         abort: Any = self.transport.abort
         self.start("stop", LAST_SECONDS, lambda: self.flow.write_paused and abort())

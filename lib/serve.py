@@ -1,8 +1,6 @@
-"""Starts the server. Its flags stand here, and nowhere else.
+"""Starts the server. Its flags stand only here. A port that is taken ends it with one line.
 
-    python -m lib.serve main:app --host 0.0.0.0    # on the port that PORT names
-
-A port that is taken, or a wrong setting, ends the start with one line.
+python -m lib.serve main:app --host 0.0.0.0    # on the port that PORT names
 """
 
 import argparse

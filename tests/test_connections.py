@@ -192,8 +192,8 @@ def test_idle_connections_give_way_when_descriptors_run_out(database: str, tmp_p
 
 def test_too_few_descriptors_end_the_start_with_one_line(database: str) -> None:
     command = ["prlimit", "--nofile=128", *uvicorn(free_port())]
-    environ = environment(database)
-    ended = subprocess.run(command, cwd=HERE, env=environ, stderr=subprocess.PIPE, check=False)
+    environ, stderr = environment(database), subprocess.PIPE
+    ended = subprocess.run(command, cwd=HERE, env=environ, stderr=stderr, timeout=20, check=False)
     assert ended.returncode == 1
     assert b"ulimit -n" in ended.stderr and ended.stderr.count(b"\n") == 1
 
