@@ -95,6 +95,5 @@ def next_link(request: Request, last_id: str) -> str:
     """Link to what follows `last_id`: the request's path and query, with `after` for the place."""
     place = ("after", "offset", "skip", "page")
     sent = (urlencode([each]) for each in request.query_params.items() if each[0] not in place)
-    # It has to fit a proxy's buffer. What a route takes is short.
-    kept = islice((each for each in sent if len(each) <= 100), 20)
+    kept = islice((each for each in sent if len(each) <= 100), 20)  # fits a proxy's buffer
     return f'<{client_path(request)}?{"&".join([*kept, f"after={last_id}"])}>; rel="next"'

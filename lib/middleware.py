@@ -195,7 +195,7 @@ class BodyLimit:
             except TimeoutError:
                 raise HTTPProblem(408, f"The body took over {BODY_TIMEOUT} seconds") from None
             state.body = bytes(body)
-            body.clear()  # so that its bytes are here once
+            body.clear()  # a copy less
             return {"type": "http.request", "body": state.body, "more_body": False}
 
         try:
@@ -207,8 +207,8 @@ class BodyLimit:
         """Adds to the body, and to what its owner holds."""
         while True:
             message = await receive()
-            if message["type"] == "http.disconnect":  # FastAPI turns other exceptions into 400
-                raise HTTPProblem(499, "The client left")  # for the log
+            if message["type"] == "http.disconnect":  # FastAPI would make 400 of others
+                raise HTTPProblem(499, "The client left")
             chunk = message.get("body", b"")
             body += chunk
             self.hold(owner, len(chunk))

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lib.problems import HTTPProblem
 from lib.state import state_of
 
-# What clients call the routes of accounts, and which of them stand without /auth as well.
+# What clients call the routes of accounts, and which may stand without /auth.
 ACCOUNTS = {"create": "register", "current_user": "me", "signin": "login", "signup": "register"}
 ALONE = {"login", "logout", "me", "register", "signin", "signup", "token"}
 PREFIX = re.compile(r"\A/(?:api/(?:v1/)?)?")
@@ -34,8 +34,7 @@ FORMS = (b"application/x-www-form-urlencoded", b"multipart/form-data")
 class CanonicalRequest:
     """Never redirects, because a client may drop Authorization then. Raises HTTPProblem(404).
 
-    `names`: what clients call a collection, and its name in the routes. `unless`: paths as routes
-    have them, which are not looked up.
+    `names`: what clients call a collection, and its name in routes. `unless`: paths of routes.
     """
 
     def __init__(self, app: ASGIApp, names: Mapping[str, str], unless: str) -> None:
