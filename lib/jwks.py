@@ -81,16 +81,16 @@ class KeySet:
         alg = SAME.get(alg, alg)
         if alg not in self.algorithms or not self.url:
             return []
-        keys = self.fitting(kid, alg, refused)
-        if keys and self.state is State.FRESH:
+        state, keys = self.state, self.fitting(kid, alg, refused)  # before it ends
+        if keys and state is State.FRESH:
             return keys
         self.start_fetch()
-        if not keys or self.state is State.EXPIRED:
+        if not keys or state is State.EXPIRED:
             end = self.started + (PATIENCE if keys else TIMEOUT)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.answered.wait(), end - monotonic())
             keys = self.fitting(kid, alg, refused)
-        if not keys and not refused and (self.failure or not self.answered.is_set()):
+        if not keys and (self.failure or not self.answered.is_set()):
             text, reason = "The issuer's keys are out of reach: try again later", self.failure
             raise HTTPProblem(503, text, "keys_unavailable", RETRY, reason=reason or "no answer")
         return keys

@@ -484,15 +484,25 @@ async def fetched(keys: KeySet) -> None:
     await keys.answered.wait()
 
 
+@parametrize("ends_at_once", [False, True])
 @parametrize(("seconds", "is_behind_the_requests_back"), [(601, True), (1201, False)])
 def test_a_key_is_taken_back_after_ten_minutes_and_a_request_waits_for_that_after_twenty(
-    issuer: Issuer, seconds: float, is_behind_the_requests_back: bool
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer, seconds: float,
+    is_behind_the_requests_back: bool, ends_at_once: bool,
+) -> None:  # fmt: skip
+    start = threading.Thread.start
+
+    def run(thread: threading.Thread) -> None:
+        start(thread)
+        thread.join()
+
     async def story() -> None:
         keys, kid = KeySet(issuer.url, ALGORITHMS), issuer.keys["EdDSA"][0]
         assert await finds(keys, issuer)
         issuer.keys["EdDSA"] = ("another", issuer.keys["EdDSA"][1])
         age(keys, seconds)
+        if ends_at_once:
+            monkeypatch.setattr(threading.Thread, "start", run)
         assert await finds(keys, issuer, kid=kid) is is_behind_the_requests_back
         await fetched(keys)
         assert not await finds(keys, issuer, kid=kid)
@@ -690,6 +700,19 @@ def test_a_key_replaced_under_its_kid_is_fetched_when_a_token_does_not_verify(
         keys.started -= 6
         assert await accepted(issuer.token())
         assert issuer.requests == 2
+
+    asyncio.run(story())
+
+
+def test_while_the_issuer_is_down_a_key_replaced_under_its_kid_is_503(issuer: Issuer) -> None:
+    async def story() -> None:
+        keys, kid = KeySet(issuer.url, ALGORITHMS), issuer.keys["EdDSA"][0]
+        old = await keys.find(kid, "EdDSA")
+        keys.url += "/missing"
+        keys.started -= 6
+        with pytest.raises(HTTPProblem) as raised:
+            await keys.find(kid, "EdDSA", refused=old)
+        assert raised.value.code == "keys_unavailable"
 
     asyncio.run(story())
 
