@@ -8,7 +8,7 @@ uvicorn 0.54 sets no bounds, loses the body behind an Upgrade, and takes trailer
     timeout_keep_alive_task  all requests are answered    KEEP_ALIVE, close()
     refused                  what comes is thrown away    "last": READ_TIMEOUT, abort()
     transport.is_closing()   the client reads the rest    "last", which goes on
-    flow.write_paused        more than UNREAD bytes wait  "last", until they are fewer
+    flow.write_paused        more than UNREAD bytes wait  "last", until it is a quarter
 
 `running` is the request that is answered, `pipeline` has those that wait, `cycle` is the newest.
 """
@@ -32,7 +32,7 @@ if MAX_CONNECTIONS < 1:
 MAX_HEAD = 65_536  # bytes of target and headers, or of a trailer. Behind others, twice as many
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
 HEAD_TIMEOUT = 10  # seconds for a head, from its first byte or the connection's start
-UNREAD = 65_536  # bytes of a response that the kernel holds unsent. Above, the client is watched
+UNREAD = 65_536  # bytes that wait unsent in the kernel, and behind them in the transport
 READ_TIMEOUT = 60  # seconds to take a response or a refusal
 LAST_SECONDS = 7  # to take a response after SIGTERM, one less than lib.serve.SHUTDOWN
 REFUSAL = b"content-length: 0\r\nconnection: close\r\n\r\n"
@@ -89,10 +89,10 @@ class Protocol(HttpToolsProtocol):
             timer.cancel()
 
     def shutdown(self) -> None:
-        """SIGTERM came. Who does not read is dropped before uvicorn cancels what waits for it."""
+        """SIGTERM came. Who has not read all is dropped before uvicorn cancels every request."""
         super().shutdown()
-        abort: Any = self.transport.abort
-        self.start("stop", LAST_SECONDS, lambda: self.flow.write_paused and abort())
+        unread, abort = self.transport.get_write_buffer_size, self.transport.abort
+        self.start("stop", LAST_SECONDS, lambda: abort() if unread() else None)
 
     def give_up(self, status: int) -> None:
         """Ends the request that is answered. RequestLog gets `status` if no response began."""
@@ -152,7 +152,8 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def refuse(self, status: int) -> None:
-        """Ends the connection after a refusal, or after the answers to the requests before."""
+        """Ends the connection after the answers to the requests before it, and after a refusal
+        if there are none. A response to this request that has begun ends where it is."""
         self.refused = True
         self.stop("head")
         if self.running and (self.pipeline or not self.running.more_body):

@@ -7,12 +7,14 @@ import struct
 import weakref
 from unittest.mock import Mock
 
+import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
+from lib import protocol as protocols
 from lib.middleware import RequestLog
 from lib.protocol import Protocol
 from lib.state import state_of
@@ -160,3 +162,22 @@ def test_nothing_holds_a_connection_that_its_client_reset() -> None:
             assert timer.cancelled()
 
     asyncio.run(story())
+
+
+def test_sigterm_ends_a_response_that_is_complete_and_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocols, "LAST_SECONDS", 0)
+
+    async def story(unread: int) -> bool:
+        protocol = connected(PlainTextResponse("answer"))
+        protocol.data_received(GET)
+        await answered(protocol)
+        transport: Mock = protocol.transport  # type: ignore[assignment]
+        transport.get_write_buffer_size.return_value = unread
+        protocol.shutdown()
+        await asyncio.sleep(0.1)
+        assert transport.close.called
+        return bool(transport.abort.called)
+
+    assert [asyncio.run(story(unread)) for unread in (0, 8_000)] == [False, True]
