@@ -234,7 +234,7 @@ def test_a_database_absent_at_the_start_is_one_clear_line_and_exit_1(tmp_path: P
     assert last["level"] == "CRITICAL"
     assert last["message"].startswith("not ready after 30 seconds")
     for message in (warning, last["message"]):
-        assert "DATABASE_URL does not work: connection failed" in message
+        assert "DATABASE_URL does not work: connection to server" in message
         assert "Connection refused" in message
     assert "Traceback" not in log.read_text()
     assert "hunter2" not in log.read_text()
