@@ -33,7 +33,13 @@ RETRYABLE = (
     postgres.DuplicatePreparedStatement,
     postgres.InvalidSqlStatementName,  # after DEALLOCATE ALL, or if its Parse was refused before
 )
-SHUTDOWN = (postgres.AdminShutdown, postgres.IdleSessionTimeout)  # the session ends
+SHUTDOWN = (postgres.AdminShutdown, postgres.IdleSessionTimeout)
+
+
+def ends_session(error: postgres.Error) -> bool:
+    """Whether PostgreSQL ends the session in good order. A function may raise the same SQLSTATE,
+    and a shard may pass its own on: then the session lives, and executes what was sent."""
+    return isinstance(error, SHUTDOWN) and error.diag.severity_nonlocalized == "FATAL"
 
 
 def is_outdated(error: postgres.Error) -> bool:

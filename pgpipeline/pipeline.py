@@ -212,7 +212,7 @@ class Pipeline:
             self.answer = result
         elif status != ExecStatus.FATAL_ERROR:  # a COPY, whose results would never end
             raise postgres.NotSupportedError(ExecStatus(status).name)
-        elif not self.answer and isinstance(postgres.error_from_result(result), errors.SHUTDOWN):
+        elif not self.answer and errors.ends_session(postgres.error_from_result(result)):
             # Nothing was executed, because even a write without rows sends an answer before.
             raise postgres.AdminShutdown
         else:
@@ -266,8 +266,9 @@ class Pipeline:
             if now - query.cancelled_at > CANCEL_TIMEOUT:
                 self.finish(TimeoutError())  # the server or the way to it has gone
             return
-        # Some wait behind it, or for it by rule 3, or could be sent here if it had gone.
-        others = len(self.sent) > 1 or self.refused or query.tenant.line or queue.find(self)
+        # Some wait behind it, or for it by rule 3, or could be sent here.
+        wait = any(tenant.line for tenant in queue.slow) or queue.find(self)
+        others = len(self.sent) > 1 or self.refused or wait
         holds_up = others and now - self.waiting_since > STATEMENT_TIMEOUT
         if holds_up or query.result.done():
             query.cancelled_at, self.is_cancelling = now, True

@@ -94,23 +94,14 @@ class PipelinePool:
             return
         now = monotonic()
         active = [pipeline for pipeline in self.pipelines if pipeline.state is State.ACTIVE]
-        for_slow = self.choose_for_slow(active) if self.queue.slow else None
-        self.queue.for_slow = for_slow if len(active) > 1 else None
+        self.queue.forget_slow()
+        self.queue.is_alone = len(active) == 1
         usable = [pipeline for pipeline in active if not pipeline.is_silent(now)]
         self.fill(usable.copy())
         # Another one is opened if each has so many queries under way, or if there is none.
-        busy = min(2, self.depth)
-        if all(len(each.sent) >= busy for each in usable if each is not for_slow):
+        busy, slow = min(2, self.depth), self.queue.slow_pipelines()
+        if all(len(each.sent) >= busy for each in usable if each not in slow):
             self.open_pipeline()
-
-    def choose_for_slow(self, active: list[Pipeline]) -> Pipeline | None:
-        """The pipeline that has most of the slow tenants' queries. None if they have no query."""
-        self.queue.forget_slow()
-        slow = self.queue.slow
-        under_way = {p: sum(tenant.under_way.count(p) for tenant in slow) for p in active}
-        if any(under_way.values()) or any(tenant.line for tenant in slow):
-            return max(active, key=under_way.__getitem__, default=None)
-        return None
 
     def fill(self, pipelines: list[Pipeline]) -> None:
         """Sends queries where the fewest are under way, until no more may be sent."""

@@ -28,7 +28,7 @@ class Tenant:
 
     name: str
     line: "deque[Query]" = field(default_factory=deque)
-    last_place: int = -STEP  # of the query that came last
+    last_place: int = -STEP  # of its queries that were sent
     under_way: list[Hashable] = field(default_factory=list)  # the pipeline of each such query
 
 
@@ -56,8 +56,7 @@ place_of = attrgetter("place")
 
 
 class Queue:
-    """The lines of all tenants. `size` is how many pipelines serve them. `for_slow` is set from
-    outside, before queries are taken."""
+    """The lines of all tenants. `size` is how many pipelines serve them."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -65,7 +64,7 @@ class Queue:
         self.waiting: set[Query] = set()
         self.heads: list[Query] = []  # the first query of each line, sorted by place
         self.slow: dict[Tenant, float] = {}  # until when, on the clock of time.monotonic()
-        self.for_slow: Hashable = None  # the pipeline that takes them alone, now
+        self.is_alone = False  # whether there is one pipeline only, now: dispatch() says so
         self.next_place = 0  # of a tenant without queries; never before one that was sent
 
     # Queries that come, and queries that leave without having been sent...
@@ -75,7 +74,9 @@ class Queue:
         name = query.tenant_name
         tenant = query.tenant = self.tenants.setdefault(name, Tenant(name))
         if query.attempts == 1:  # one that is sent again keeps its place
-            query.place = tenant.last_place = max(self.next_place, tenant.last_place + STEP)
+            # Places of queries that were never sent do not count: their callers have left.
+            last = max(tenant.last_place, tenant.line[-1].place if tenant.line else -STEP)
+            query.place = max(self.next_place, last + STEP)
             if query.place == self.next_place:  # a burst takes no places away from others
                 self.next_place += 1
         self.waiting.add(query)
@@ -116,7 +117,9 @@ class Queue:
         """Takes the next query that may go to a pipeline. None if there is none."""
         query = self.find(pipeline)
         if query:
-            query.tenant.under_way.append(pipeline)
+            tenant = query.tenant
+            tenant.under_way.append(pipeline)
+            tenant.last_place = max(tenant.last_place, query.place)
             self.remove(query)
             self.next_place = max(self.next_place, query.place)
         return query
@@ -130,18 +133,20 @@ class Queue:
 
     def may_send(self, tenant: Tenant, pipeline: Hashable) -> bool:
         """Whether a tenant's next query may go to a pipeline."""
-        is_slow = tenant in self.slow
-        if self.for_slow and is_slow != (pipeline is self.for_slow):
+        used = self.slow_pipelines()
+        if tenant in self.slow:  # rule 3
+            are_all_slow = len(self.slow) == len(self.tenants)
+            most = max(self.size - 1, 1) if are_all_slow else 1
+            return not tenant.under_way and pipeline not in used and len(used) < most
+        if pipeline in used and not self.is_alone:
             return False
         if not tenant.under_way:
             return True
-        if is_slow:  # rule 3
-            return False
         tenants = (query.tenant for query in self.heads)
         rivals = (each for each in tenants if each is not tenant and each not in self.slow)
         if len(tenant.under_way) >= FEW and any(rivals):  # rule 2
             return False
-        most = self.size - 2 if self.for_slow else self.size - 1  # pipelines, by rule 4
+        most = self.size - 2 if used else self.size - 1  # pipelines, by rule 4
         return pipeline in tenant.under_way or len(set(tenant.under_way)) < most
 
     def ended(self, query: Query, pipeline: Hashable, quickly: bool) -> None:
@@ -153,6 +158,10 @@ class Queue:
         self.forget(tenant)
 
     # Slow tenants...
+
+    def slow_pipelines(self) -> set[Hashable]:
+        """The pipelines on which a slow tenant has a query under way."""
+        return {pipeline for tenant in self.slow for pipeline in tenant.under_way}
 
     def found_slow(self, tenant: Tenant) -> None:
         """Notes that a query of a tenant is slow."""

@@ -18,7 +18,7 @@ from pgpipeline import ConnectionPool, PipelinePool, Result, Statement, Unavaila
 from pgpipeline.connection import Connection
 from pgpipeline.pipeline import Pipeline, State
 from pgpipeline.queue import Query
-from pgpipeline.tests.conftest import OTHERS, ask, pool_of, start, value
+from pgpipeline.tests.conftest import OTHERS, Proxy, ask, pool_of, start, value
 
 pytestmark = pytest.mark.anyio
 SLOW_INSERT = "INSERT INTO stored SELECT 1 FROM pg_sleep(0.5) RETURNING n"
@@ -68,6 +68,15 @@ async def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
     pipeline.is_cancelling = True  # as if the query before it had been cancelled too late
     value(table, END[how])
     assert (await query).rows == [(b"1",)]
+    assert value(table, "SELECT count(*) FROM stored") == 1
+
+
+async def test_a_write_that_met_the_end_of_an_idle_session_is_made_once(table: str) -> None:
+    proxy = Proxy(table)
+    proxy.delay = 0.05  # so that PostgreSQL's word is on its way when the write is sent
+    async with proxy.serve() as far, pool_of(far, size=1) as pool:
+        await ask(pool, "SELECT set_config('idle_session_timeout', '1ms', false)")
+        await ask(pool, "INSERT INTO stored VALUES (1)")
     assert value(table, "SELECT count(*) FROM stored") == 1
 
 

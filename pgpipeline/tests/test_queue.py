@@ -56,6 +56,14 @@ async def test_whoever_sent_nothing_before_has_no_turns_to_catch_up() -> None:
     assert names(take(queue, 1)[:8]) == "babababa"
 
 
+async def test_queries_that_were_never_sent_take_no_places_of_their_tenants_next_one() -> None:
+    queue = Queue(size=2)
+    for query in append(queue, "a" * 500):
+        queue.remove(query)
+    append(queue, "bcda")
+    assert names(take(queue, 1)) == "bcda"
+
+
 async def test_a_tenant_has_few_queries_under_way_while_others_wait() -> None:
     queue = Queue(size=2)
     queries = append(queue, "a" * 10 + "b" * 10)
@@ -65,13 +73,20 @@ async def test_a_tenant_has_few_queries_under_way_while_others_wait() -> None:
     assert names(take(queue, 1)) == "a" * (10 - FEW)
 
 
-async def test_a_slow_tenant_has_one_query_under_way_on_the_pipeline_for_slow_ones() -> None:
+async def test_slow_tenants_have_one_query_each_on_pipelines_without_others() -> None:
+    queue = Queue(size=4)
+    for query in append(queue, "aabb")[::2]:
+        queue.found_slow(query.tenant)
+    assert [names(take(queue, pipeline)) for pipeline in range(4)] == ["a", "b", "", ""]
+    append(queue, "c")
+    assert [names(take(queue, pipeline)) for pipeline in range(4)] == ["", "", "c", ""]
+
+
+async def test_while_others_have_queries_slow_tenants_have_one_pipeline() -> None:
     queue = Queue(size=3)
-    slow = append(queue, "aaab")[0]
-    queue.found_slow(slow.tenant)
-    queue.for_slow = 2
-    assert names(take(queue, 1)) == "b"
-    assert take(queue, 2) == [slow]
+    for query in append(queue, "abc")[:2]:
+        queue.found_slow(query.tenant)
+    assert [names(take(queue, pipeline)) for pipeline in (1, 2, 3)] == ["a", "c", ""]
 
 
 async def test_a_tenant_is_slow_no_longer_after_some_seconds(
