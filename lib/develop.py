@@ -49,6 +49,7 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
         listener = stack.enter_context(listen(server.Settings.load().port))
         try:
             if database:
+                os.environ.pop("PGHOSTADDR", None)  # libpq prefers it to a socket
                 os.environ["DATABASE_URL"] = stack.enter_context(postgres(DATA))
             if secret:
                 os.environ["JWT_SECRET"] = keep_secret(DATA / "secret")
@@ -126,7 +127,7 @@ def postgres(home: Path) -> Iterator[str]:
                     if process.poll() is not None:
                         sys.exit(f"PostgreSQL does not start: {log} says why")
                     time.sleep(0.05)
-                yield f"user=postgres host='{sockets}'"
+                yield f"user=postgres dbname=postgres host='{sockets}'"
             finally:
                 process.send_signal(signal.SIGINT)  # a fast shutdown
 
