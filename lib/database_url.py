@@ -47,7 +47,7 @@ def connection_string(database_url: str, schema: str) -> str:
         raise SystemExit(MALFORMED) from None
     paths = [unquote(value) for name, value in dropped.items() if name.lower() in SCHEMAS]
     for path in paths + SEARCH_PATH.findall(str(given.get("options"))):
-        if {name.strip("\"'\\ ") for name in path.split(",")} - {"public", "$user", schema}:
+        if {name.strip("\"'\\ ") for name in path.split(",")} - {"", "public", "$user", schema}:
             raise SystemExit(f"DATABASE_URL asks for the schema {path}: the tables are in {schema}")
     for name in ("port", "connect_timeout"):
         if not re.fullmatch(r"[\d,]*", str(given.get(name, ""))):
@@ -73,9 +73,8 @@ def uri_for_libpq(uri: str) -> tuple[str, dict[str, str]]:
     given = {name: value for name, _, value in parameters}
     if "@" in query and "password" not in given:  # of a password with / and ? in it
         raise SystemExit(MALFORMED)
-    if "ssl" in given:  # which does not weaken libpq's word
-        given.setdefault("sslmode", given.pop("ssl"))
-    if mode := given.get("sslmode"):
+    ssl = given.pop("ssl", "")  # which does not weaken libpq's word
+    if mode := given.get("sslmode") or ssl:
         given["sslmode"] = SSLMODES.get(mode.lower(), mode)
     dropped = {name: given.pop(name) for name in given.keys() - LIBPQ}
     if unknown := {name for name in dropped if not HARMLESS.search(name)}:

@@ -298,7 +298,7 @@ WORKS = "postgresql://u:p%40@h:1/d"
         f"{WORKS}?uselibpqcompat=true&max=20&idleTimeoutMillis=1&statement_timeout=1", f"{WORKS}?",
         f"{WORKS}?supa=base-pooler.x&pool_size=5&max_overflow=2", f"{WORKS}?client_encoding=latin1",
         "host=h port=1 dbname=d user=u password='p@'", "jdbc:postgresql://h:1/d?password=p@&user=u",
-        f"{WORKS}?ssl=True",
+        f"{WORKS}?ssl=True", f"{WORKS}?schema=&sslprotocol=",
     ],
 )  # fmt: skip
 def test_a_database_url_is_taken_as_people_have_it(given: str) -> None:
@@ -318,11 +318,19 @@ def test_a_password_that_reads_like_something_else_is_a_password(password: str) 
         assert conninfo_to_dict(connection_string(given, "todo"))["password"] == password
 
 
-@parametrize("other", ["ssl=true", "ssl=0"])
-def test_another_drivers_word_for_tls_does_not_weaken_sslmode(other: str) -> None:
-    for query in (f"sslmode=verify-full&{other}", f"{other}&sslmode=verify-full"):
+@parametrize(
+    ("other", "libpqs", "wanted"),
+    [
+        ("ssl=true", "sslmode=verify-full", "verify-full"),
+        ("ssl=0", "sslmode=verify-full", "verify-full"), ("ssl=true", "sslmode=", "require"),
+    ],
+)  # fmt: skip
+def test_another_drivers_word_for_tls_does_not_weaken_sslmode(
+    other: str, libpqs: str, wanted: str
+) -> None:
+    for query in (f"{libpqs}&{other}", f"{other}&{libpqs}"):
         found = conninfo_to_dict(connection_string(f"{WORKS}?{query}", "todo"))
-        assert found["sslmode"] == "verify-full"
+        assert found["sslmode"] == wanted
 
 
 @parametrize(
