@@ -58,7 +58,9 @@ async def test_whoever_sent_nothing_before_has_no_turns_to_catch_up() -> None:
 
 async def test_queries_that_were_never_sent_take_no_places_of_their_tenants_next_one() -> None:
     queue = Queue(size=2)
-    for query in append(queue, "a" * 500):
+    queries = append(queue, "a" * 500)
+    assert queue.take(1) is queries[0]
+    for query in queries[1:]:
         queue.remove(query)
     append(queue, "bcda")
     assert names(take(queue, 1)) == "bcda"
