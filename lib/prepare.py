@@ -30,7 +30,7 @@ WAITING = "the start waits for a lock, or for a pooler without a free connection
 APPLYING = "the schema is being applied"  # without a limit of time
 
 # An ALTER that waits for a lock stops every session behind it, so it waits for 2 s at a time. One
-# that runs may take longer than a timeout of a role or a database. PostgreSQL 17 brought a second.
+# that runs may take longer than a timeout of a role or a database. PostgreSQL 17 has two.
 LOCK = """
 SELECT set_config('lock_timeout', '2s', true), set_config('statement_timeout', '0', true),
     CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL

@@ -7,16 +7,16 @@ uvicorn 0.54 sets no bounds, loses the body behind an Upgrade, and takes trailer
     running                  a request is answered        none: the application's own
     timeout_keep_alive_task  all requests are answered    KEEP_ALIVE, close()
     refused                  what comes is thrown away    "last": READ_TIMEOUT, abort()
-    transport.is_closing()   the client reads the rest    "last", which goes on
+    transport.is_closing()   the client reads the rest    "last", or the kernel's
     flow.write_paused        more than UNREAD bytes wait  "last", until it is a quarter
 
 `running` is the request that is answered, `pipeline` has those that wait, `cycle` is the newest.
 """
 
 import resource
+import socket
 from asyncio import TimerHandle
 from collections import deque
-from socket import IPPROTO_TCP, TCP_NOTSENT_LOWAT
 from typing import Any, ClassVar
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
@@ -32,7 +32,7 @@ if MAX_CONNECTIONS < 1:
 MAX_HEAD = 65_536  # bytes of target and headers, or of a trailer. Behind others, twice as many
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
 HEAD_TIMEOUT = 10  # seconds for a head, from its first byte or the connection's start
-UNREAD = 65_536  # bytes that wait unsent in the kernel, and behind them in the transport
+UNREAD = 65_536  # bytes that wait unsent in the kernel, and then in the transport
 READ_TIMEOUT = 60  # seconds to take a response or a refusal
 LAST_SECONDS = 7  # to take a response after SIGTERM, one less than lib.serve.SHUTDOWN
 REFUSAL = b"content-length: 0\r\nconnection: close\r\n\r\n"
@@ -67,7 +67,10 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(UNREAD)
-        transport.get_extra_info("socket").setsockopt(IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNREAD)
+        set_option = transport.get_extra_info("socket").setsockopt
+        set_option(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux. uvicorn closes without "last"
+            set_option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_TIMEOUT * 1000)
         self.start("head", HEAD_TIMEOUT, self.close)
         if len(self.connections) > MAX_CONNECTIONS:
             connections: Any = self.connections  # those that are idle give way
@@ -89,7 +92,7 @@ class Protocol(HttpToolsProtocol):
             timer.cancel()
 
     def shutdown(self) -> None:
-        """SIGTERM came. Who has not read all is dropped before uvicorn cancels every request."""
+        """SIGTERM came. Who has not read all is dropped before uvicorn cancels it."""
         super().shutdown()
         unread, abort = self.transport.get_write_buffer_size, self.transport.abort
         self.start("stop", LAST_SECONDS, lambda: abort() if unread() else None)
@@ -152,8 +155,7 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def refuse(self, status: int) -> None:
-        """Ends the connection after the answers to the requests before it, and after a refusal
-        if there are none. A response to this request that has begun ends where it is."""
+        """Ends the connection after the answers before, or a refusal if none has begun."""
         self.refused = True
         self.stop("head")
         if self.running and (self.pipeline or not self.running.more_body):

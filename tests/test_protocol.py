@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from lib import protocol as protocols
+from conftest import wait_until
+from lib import protocol as module
 from lib.middleware import RequestLog
 from lib.protocol import Protocol
 from lib.state import state_of
@@ -167,7 +168,7 @@ def test_nothing_holds_a_connection_that_its_client_reset() -> None:
 def test_sigterm_ends_a_response_that_is_complete_and_not_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(protocols, "LAST_SECONDS", 0)
+    monkeypatch.setattr(module, "LAST_SECONDS", 0)
 
     async def story(unread: int) -> bool:
         protocol = connected(PlainTextResponse("answer"))
@@ -181,3 +182,37 @@ def test_sigterm_ends_a_response_that_is_complete_and_not_read(
         return bool(transport.abort.called)
 
     assert [asyncio.run(story(unread)) for unread in (0, 8_000)] == [False, True]
+
+
+def test_who_takes_nothing_of_a_response_that_was_broken_off_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "READ_TIMEOUT", 1)
+
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        body = {"type": "http.response.body", "body": b"x" * 30_000, "more_body": True}
+        while not protocols[0].transport.get_write_buffer_size():
+            await send(body)
+        raise ZeroDivisionError
+
+    protocols = list[Protocol]()
+
+    def connect() -> Protocol:
+        protocols.append(protocol_of(app))
+        return protocols[0]
+
+    def is_dropped() -> bool:
+        [each] = protocols
+        return each.transport.is_closing() and not each.connections
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        async with await loop.create_server(connect, "127.0.0.1", 0) as listener:
+            with socket.create_connection(listener.sockets[0].getsockname()) as deaf:
+                deaf.sendall(GET)
+                await asyncio.sleep(0.5)
+                assert not is_dropped() and not protocols[0].timers
+                await asyncio.to_thread(wait_until, is_dropped, 10)
+
+    asyncio.run(story())
