@@ -123,6 +123,7 @@ def test_an_idle_connection_holds_no_request_and_middleware_outside_has_it_whole
             await answered(protocol)
             gc.collect()
             assert not requests
+            assert protocol.pipeline.maxlen == 0  # it has no deque of its own, of 1 KB
         assert paths == ["/", "/"]
 
     asyncio.run(story())
