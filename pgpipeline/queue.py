@@ -74,7 +74,7 @@ class Queue:
         name = query.tenant_name
         tenant = query.tenant = self.tenants.setdefault(name, Tenant(name))
         if query.attempts == 1:  # one that is sent again keeps its place
-            # Places of queries that were never sent do not count: their callers have left.
+            # Places of queries never sent do not count: their callers have left.
             last = max(tenant.last_place, tenant.line[-1].place if tenant.line else -STEP)
             query.place = max(self.next_place, last + STEP)
             if query.place == self.next_place:  # a burst takes no places away from others
@@ -114,7 +114,7 @@ class Queue:
     # Queries that are sent...
 
     def take(self, pipeline: Hashable) -> Query | None:
-        """Takes the next query that may go to a pipeline. None if there is none."""
+        """Takes the next query that may go to a pipeline, or None."""
         query = self.find(pipeline)
         if query:
             tenant = query.tenant
@@ -126,14 +126,14 @@ class Queue:
 
     def find(self, pipeline: Hashable) -> Query | None:
         """The next query that may go to a pipeline."""
+        used = self.slow_pipelines()
         for query in self.heads:
-            if self.may_send(query.tenant, pipeline):
+            if self.may_send(query.tenant, pipeline, used):
                 return query
         return None
 
-    def may_send(self, tenant: Tenant, pipeline: Hashable) -> bool:
+    def may_send(self, tenant: Tenant, pipeline: Hashable, used: set[Hashable]) -> bool:
         """Whether a tenant's next query may go to a pipeline."""
-        used = self.slow_pipelines()
         if tenant in self.slow:  # rule 3
             are_all_slow = len(self.slow) == len(self.tenants)
             most = max(self.size - 1, 1) if are_all_slow else 1
