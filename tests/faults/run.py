@@ -1,7 +1,7 @@
 """Deliberate faults, and the test that each has to fail. A fault that survives is a hole.
 
     python tests/faults/run.py                    all of them, one at a time
-    python tests/faults/run.py -j 2 auth.py lib   two at a time, those whose `at` begins like this
+    python tests/faults/run.py -j 2 auth.py lib   two at a time, those whose place begins like this
     python tests/faults/run.py --check            only whether the place of each is there
 
 tests/README.md tells the format. A run copies the project, breaks one place, and has one test fail
@@ -52,8 +52,13 @@ class Fault(NamedTuple):
 def load() -> list[Fault]:
     """The faults of all packages."""
     files = [*sorted(HERE.glob("tests/faults/*.toml")), HERE / "pgpipeline/tests/faults.toml"]
-    tables = [each for file in files for each in tomllib.loads(file.read_text())["fault"]]
-    return [Fault(t["at"], t.get("replace", ""), t["with"], t["test"]) for t in tables]
+    places = [place for file in files for place in tomllib.loads(file.read_text()).items()]
+    return [
+        # The place is the name of the table, or (in older entries) its `at`.
+        Fault(t.get("at", at), t.get("replace", ""), t["with"], t["test"])
+        for at, tables in places
+        for t in tables
+    ]
 
 
 def make(fault: Fault, folder: Path) -> str:
@@ -145,7 +150,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the PostgreSQLs end as well
     faults = [fault for fault in load() if fault.at.startswith(tuple(options.places) or "")]
     if not faults:
-        sys.exit(f"no fault's `at` begins with {' or '.join(options.places)}")
+        sys.exit(f"no fault's place begins with {' or '.join(options.places)}")
     if options.check:
         print(*check(faults), f"{len(faults)} faults", sep="\n")
         return bool(check(faults))
