@@ -3,18 +3,16 @@
     keys = KeySet("https://example.com/api/auth/jwks", algorithms=("EdDSA", "ES256"))
     await keys.find(kid="2026-11", alg="EdDSA")  # [the public key]
 
-What find() does for a token that a known key fits depends on the state of the key set:
+A key that find() knows is FRESH for 10 minutes after the set was fetched. Any other starts a fetch:
 
-    FRESH     up to 10 minutes old       gives the key
-    STALE     up to 20 minutes old       starts a fetch, and gives the key
-    EXPIRED   older, or never fetched    waits for a fetch, 1 s at most; gives the key if it is left
-    DOWN      the last fetch failed      starts a fetch, and gives the key, however old it is
+    OLD      Older. find() waits for the fetch, 1 s at most, and gives the key if it is left.
+    DOWN     Older, and the last fetch failed. find() gives the key, however old it is.
+    UNKNOWN  find() waits for the fetch, 5 s at most. The token is 401 if the new set has no key
+             for it, and 503 if the fetch failed or goes on.
 
-A token that no known key fits waits for a fetch in any state, 5 s at most. It is 401 if the set has
-no such key, and 503 if the fetch failed or has no answer yet. A fetch starts when the last one has
-ended, 5 s after its start at the earliest, because anybody can invent a kid. Until then the outcome
-of the last one counts. One that has not ended after 10 minutes is given up, but keeps its thread:
-an issuer may send its answer byte by byte.
+A fetch starts 5 s after the start of the last one at the earliest, because anybody can invent a
+kid, and when the last one has ended. Until then the last one counts. An answer may come byte by
+byte and never end, so a fetch is given up after 10 minutes. Its thread stays.
 """
 
 import asyncio
@@ -22,9 +20,9 @@ import json
 import logging
 import threading
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from contextlib import suppress
-from enum import Enum
 from time import monotonic
 from typing import Any
 
@@ -32,11 +30,11 @@ import jwt
 
 from lib.problems import RETRY, HTTPProblem
 
-LIFETIME = 600  # seconds that a set is FRESH
-MAX_AGE = 2 * LIFETIME  # seconds until it is EXPIRED
+LIFETIME = 600  # seconds that a key is FRESH, and that a fetch may take
+MAX_AGE = 2 * LIFETIME  # seconds until a set without a key replaces one with keys
 MIN_INTERVAL = 5  # seconds between the starts of two fetches
 TIMEOUT = 5  # seconds from the start of a fetch that a token without a key waits
-PATIENCE = 1  # seconds from there that a token with an EXPIRED key waits
+PATIENCE = 1  # seconds from there that a token with an OLD key waits
 MAX_SIZE = 262_144  # bytes of a key set
 MAX_TRIED = 10  # keys that a token is tried with
 SAME = {"Ed25519": "EdDSA", "ESP256": "ES256"}  # RFC 9864's names
@@ -46,29 +44,18 @@ for name, known in SAME.items():
         jwt.register_algorithm(name, jwt.get_algorithm_by_name(known))
 
 log = logging.getLogger("jwks")
-State = Enum("State", ["FRESH", "STALE", "EXPIRED", "DOWN"])
 Key = tuple[str | None, str, Any]  # kid (RFC 7517 section 4.5: optional), algorithm, public key
 
 
 class KeySet:
-    """The keys of one issuer."""
+    """The keys of one issuer, in one event loop."""
 
     def __init__(self, url: str, algorithms: Collection[str]) -> None:
         self.url, self.algorithms = url, algorithms
         self.keys: list[Key] = []
         self.fetched = self.started = float("-inf")  # by monotonic(): the keys, and the last fetch
-        self.failure = ""  # why the last fetch brought no set
-        self.answered = asyncio.Event()  # clear while a fetch is under way
-        self.answered.set()
-
-    @property
-    def state(self) -> State:
-        age = monotonic() - self.fetched
-        if self.failure:
-            return State.DOWN
-        if age > MAX_AGE:
-            return State.EXPIRED
-        return State.STALE if age > LIFETIME else State.FRESH
+        self.fetching: asyncio.Task[None] | None = None  # the last fetch, which may have ended
+        self.failure = ""  # why the last one that has ended brought no set
 
     # Finding keys...
 
@@ -81,16 +68,14 @@ class KeySet:
         alg = SAME.get(alg, alg)
         if alg not in self.algorithms or not self.url:
             return []
-        state, keys = self.state, self.fitting(kid, alg, refused)  # before it ends
-        if keys and state is State.FRESH:
+        keys = self.fitting(kid, alg, refused)
+        if keys and monotonic() - self.fetched <= LIFETIME:
             return keys
-        self.start_fetch()
-        if not keys or state is State.EXPIRED:
-            end = self.started + (PATIENCE if keys else TIMEOUT)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.answered.wait(), end - monotonic())
-            keys = self.fitting(kid, alg, refused)
-        if not keys and (self.failure or not self.answered.is_set()):
+        fetch = self.start_fetch()
+        wait = TIMEOUT if not keys else PATIENCE if not self.failure else 0  # UNKNOWN, OLD, DOWN
+        await asyncio.wait([fetch], timeout=self.started + wait - monotonic())
+        keys = self.fitting(kid, alg, refused)
+        if not keys and (self.failure or not fetch.done()):
             text, reason = "The issuer's keys are out of reach: try again later", self.failure
             raise HTTPProblem(503, text, "keys_unavailable", RETRY, reason=reason or "no answer")
         return keys
@@ -106,35 +91,26 @@ class KeySet:
 
     # Fetching them...
 
-    def start_fetch(self) -> None:
-        """Starts a fetch, if one may start."""
-        interval = MIN_INTERVAL if self.answered.is_set() else LIFETIME
-        if monotonic() - self.started > interval:
-            self.started, self.answered = monotonic(), asyncio.Event()
-            # A daemon, so that it does not hold up the end of the process.
-            arguments = (asyncio.get_running_loop(), self.answered)
-            try:
-                threading.Thread(target=self.fetch, args=arguments, daemon=True).start()
-            except RuntimeError as error:  # no thread is left
-                log.warning("JWKS not fetched: %s", error)
-                self.failure = str(error)
-                self.answered.set()
+    def start_fetch(self) -> asyncio.Task[None]:
+        """A new fetch if one may start, or the last one."""
+        may_start = monotonic() - self.started > MIN_INTERVAL
+        if self.fetching is None or (self.fetching.done() and may_start):
+            self.started = monotonic()
+            self.fetching = asyncio.create_task(self.fetch())
+        return self.fetching
 
-    def fetch(self, loop: asyncio.AbstractEventLoop, answered: asyncio.Event) -> None:
-        """Replaces the keys. In a thread, because urllib would hold up the loop."""
+    async def fetch(self) -> None:
+        """Replaces the keys, or says in `failure` and in the log why not."""
         try:
-            keys, failure = self.read(self.download()), ""
+            async with asyncio.timeout(LIFETIME):
+                keys = await in_daemon_thread(lambda: self.read(self.download()))
+            if not keys and monotonic() - self.fetched <= MAX_AGE:
+                raise ValueError("no key that can verify a token")  # may be a mishap
         except Exception as error:
-            keys, failure = [], str(error)[:200] or type(error).__name__
-        if answered is not self.answered:  # this fetch was given up
-            return
-        self.failure = failure
-        if failure:
-            log.warning("JWKS not fetched: %s", failure)
-        if keys or self.state is State.EXPIRED:  # a set without keys may be a mishap
-            self.keys, self.fetched = keys, monotonic()
-        with suppress(RuntimeError):  # the loop was closed
-            loop.call_soon_threadsafe(answered.set)
+            self.failure = str(error)[:200] or type(error).__name__
+            log.warning("JWKS not fetched: %s", self.failure)
+        else:
+            self.keys, self.fetched, self.failure = keys, monotonic(), ""
 
     def download(self) -> bytes:
         """The issuer's answer. Raises OSError, or ValueError for too long a one."""
@@ -164,3 +140,19 @@ class KeySet:
             if key.algorithm_name in self.algorithms and is_public and is_for_signatures:
                 return key.key_id, key.algorithm_name, key.key
         return None
+
+
+def in_daemon_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
+    """As asyncio.to_thread(), but the thread does not hold up the end of the process."""
+    future = Future[Any]()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            # The traceback leads to this future, so the connection in it would stay open.
+            future.set_exception(error.with_traceback(None))
+
+    future.set_running_or_notify_cancel()  # now nobody cancels it, and its result can be set
+    threading.Thread(target=run, daemon=True).start()
+    return asyncio.wrap_future(future)

@@ -25,7 +25,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from conftest import HERE, NOBODYS_ID, SECRET, SETTINGS, Issuer, Redis, outside
-from lib import ratelimit
+from lib import jwks, ratelimit
 from lib.jwks import KeySet
 from lib.passwords import Passwords
 from lib.problems import HTTPProblem, Unauthorized
@@ -479,33 +479,16 @@ def age(keys: KeySet, seconds: float) -> None:
     keys.started -= seconds
 
 
-async def fetched(keys: KeySet) -> None:
-    """Waits for the fetch that is under way."""
-    await keys.answered.wait()
-
-
-@parametrize("ends_at_once", [False, True])
-@parametrize(("seconds", "is_behind_the_requests_back"), [(601, True), (1201, False)])
-def test_a_key_is_taken_back_after_ten_minutes_and_a_request_waits_for_that_after_twenty(
-    monkeypatch: pytest.MonkeyPatch, issuer: Issuer, seconds: float,
-    is_behind_the_requests_back: bool, ends_at_once: bool,
-) -> None:  # fmt: skip
-    start = threading.Thread.start
-
-    def run(thread: threading.Thread) -> None:
-        start(thread)
-        thread.join()
-
+@parametrize(("seconds", "is_good"), [(590, True), (601, False)])
+def test_a_key_that_the_issuer_withdraws_is_good_for_ten_minutes(
+    issuer: Issuer, seconds: float, is_good: bool
+) -> None:
     async def story() -> None:
         keys, kid = KeySet(issuer.url, ALGORITHMS), issuer.keys["EdDSA"][0]
         assert await finds(keys, issuer)
-        issuer.keys["EdDSA"] = ("another", issuer.keys["EdDSA"][1])
+        issuer.rotate()
         age(keys, seconds)
-        if ends_at_once:
-            monkeypatch.setattr(threading.Thread, "start", run)
-        assert await finds(keys, issuer, kid=kid) is is_behind_the_requests_back
-        await fetched(keys)
-        assert not await finds(keys, issuer, kid=kid)
+        assert await finds(keys, issuer, kid=kid) is is_good
 
     asyncio.run(story())
 
@@ -566,8 +549,6 @@ def test_an_issuer_that_has_no_key_left_revokes_all_after_twenty_minutes(
         assert await finds(keys, issuer)
         issuer.failing = True  # it sends no key that anybody can use
         age(keys, seconds)
-        await finds(keys, issuer)
-        await fetched(keys)
         assert await finds(keys, issuer) is stays
 
     asyncio.run(story())
@@ -598,24 +579,22 @@ def test_an_issuer_that_hangs_delays_one_token_of_a_known_key_by_a_second(issuer
     asyncio.run(story())
 
 
-def test_a_fetch_without_an_end_is_given_up_after_ten_minutes(issuer: Issuer) -> None:
+def test_a_fetch_without_an_end_is_given_up_and_its_answer_replaces_nothing(
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer
+) -> None:
     async def story() -> None:
-        keys = KeySet(issuer.url, ALGORITHMS)
-        issuer.delay = 1
-        kept = asyncio.create_task(finds(keys, issuer))
-        await asyncio.sleep(0.1)
-        first, issuer.delay = keys.answered, 0
-        keys.started -= 599
-        assert first is keys.answered
-        keys.started -= 2
+        keys, issuer.delay = KeySet(issuer.url, ALGORITHMS), 1
+        with pytest.raises(HTTPProblem) as raised:
+            await finds(keys, issuer)
+        assert raised.value.reason == "TimeoutError"
+        issuer.delay = 0
+        keys.started -= 6
         assert await finds(keys, issuer)
-        assert first is not keys.answered and issuer.requests == 2
-        issuer.rotate()
         fetched = keys.fetched
-        await kept
-        await asyncio.sleep(1)
-        assert keys.fetched == fetched  # the first one's answer came too late
+        await asyncio.sleep(1.5)
+        assert keys.fetched == fetched and issuer.requests == 2
 
+    monkeypatch.setattr(jwks, "LIFETIME", 0.5)  # of ten minutes
     asyncio.run(story())
 
 
