@@ -3,11 +3,10 @@
     limiter = RateLimiter(storage_uri="")
     await limiter.hit("login", parse_limit("10/minute"), "ann@example.com")  # HTTPProblem(429)
 
-With a URI Redis counts for all instances, by one question a hit. A dict counts without, and while
-Redis fails or is slow. Windows are fixed: around the border of two twice the limit may pass.
+With a URI, Redis counts for all instances, by one question a hit. A dict counts without, and while
+Redis fails or is slow. Windows are fixed, so twice the limit may pass around the end of one.
 """
 
-import asyncio
 import logging
 from ipaddress import ip_address, ip_network
 from math import ceil
@@ -17,9 +16,9 @@ from typing import Any, NamedTuple
 from lib.problems import HTTPProblem
 
 MAX_COUNTERS = 50_000  # of a limit and level of networks: some 7 MB
-PATIENCE = 0.1  # seconds that a request waits for Redis
-TIMEOUT = 1.0  # seconds until a question is given up
-MAX_FAILURES = 3  # of Redis in a row: errors and late answers
+PATIENCE = 0.1  # seconds that a request waits for an answer of Redis
+CONNECT_TIMEOUT = 0.5  # seconds that it waits for a connection before
+MAX_FAILURES = 3  # of Redis in a row
 PAUSE = 5.0  # seconds between two questions from then on
 UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
 # Atomic, so that no counter stays without its end.
@@ -55,9 +54,10 @@ class RateLimiter:
         if storage_uri:
             from redis.asyncio import from_url  # takes 7 MB
 
-            self.redis = from_url(storage_uri)
+            times = {"socket_timeout": PATIENCE, "socket_connect_timeout": CONNECT_TIMEOUT}
+            self.redis = from_url(storage_uri, **times)
         self.failures = 0  # of Redis in a row
-        self.retry_at = 0.0  # when one request asks, after MAX_FAILURES
+        self.retry_at = 0.0  # by monotonic(): when one request asks, after MAX_FAILURES
 
     async def hit(self, name: str, limit: Limit | None, *keys: str) -> None:
         """Counts one for the first key. Raises HTTPProblem(429) above the limit, if there is one.
@@ -94,29 +94,22 @@ class RateLimiter:
         return ends - now if counters[key] > limit.amount else 0.0
 
     async def ask(self, name: str, limit: Limit, key: str) -> float | None:
-        """As count(), in Redis. None if it fails, is slower than PATIENCE, or was so of late."""
+        """As count(), in Redis. None if it fails or is slow, or was not asked because it did."""
         if self.failures >= MAX_FAILURES and monotonic() < self.retry_at:
             return None
         self.retry_at = monotonic() + PAUSE  # one request in PAUSE asks until one is answered
-        # A question goes on after that: a connection may take longer to make, and serves others.
-        question = asyncio.create_task(self.count_in_redis(name, limit, key))
-        done, _ = await asyncio.wait([question], timeout=PATIENCE)
-        answer = question.result() if done else None
-        before, self.failures = self.failures, 0 if answer is not None else self.failures + 1
-        if self.failures == MAX_FAILURES:
-            log.warning("Redis fails or is slow: this instance counts alone")
-        if before >= MAX_FAILURES > self.failures:
-            log.warning("Redis counts again")
-        return answer
-
-    async def count_in_redis(self, name: str, limit: Limit, key: str) -> float | None:
         try:
-            async with asyncio.timeout(TIMEOUT):
-                place = f"ratelimit:{name}:{key}"
-                count, left = await self.redis.eval(COUNT, 1, place, limit.seconds)
+            place = f"ratelimit:{name}:{key}"
+            count, left = await self.redis.eval(COUNT, 1, place, limit.seconds)
         except Exception as error:
-            log.warning("Redis failed: %s", type(error).__name__)
+            self.failures += 1
+            if self.failures == MAX_FAILURES:
+                text = "Redis fails or is slow: this instance counts alone: %s"
+                log.warning(text, type(error).__name__)
             return None
+        if self.failures >= MAX_FAILURES:
+            log.warning("Redis counts again")
+        self.failures = 0
         return max(left, 1) / 1000 if count > limit.amount else 0.0  # of milliseconds
 
 
