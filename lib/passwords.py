@@ -11,6 +11,7 @@ as two code points. Release 1 hashed what was sent: check() tries that too.
 import base64
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unicodedata import normalize
 
@@ -20,6 +21,7 @@ import bcrypt
 from lib.problems import HTTPProblem
 
 MAX_BYTES = 72  # bcrypt reads no further
+busy = partial(HTTPProblem, 503, "Too many logins at once", headers={"Retry-After": "3"})
 
 
 class Passwords:
@@ -32,7 +34,7 @@ class Passwords:
         self.dummy = b"$2b$%02d$" % cost + b"." * 53
 
     async def hash(self, password: str) -> str:
-        """The hash of a password of any length. Raises as refuse_if_busy()."""
+        """The hash of a password of any length. Raises HTTPProblem(503) if too many wait."""
         secret, salt = to_bytes(normalize("NFC", password)), bcrypt.gensalt(self.cost)
         return str(await self.run(bcrypt.hashpw, secret, salt), "ascii")
 
@@ -44,16 +46,18 @@ class Passwords:
         return False
 
     def refuse_if_busy(self) -> None:
-        """Raises HTTPProblem(503) when too many passwords wait."""
+        """Raises HTTPProblem(503) if too many passwords wait."""
         if self.pending >= self.max_pending:
-            raise HTTPProblem(503, "Too many logins at once", headers={"Retry-After": "3"})
+            raise busy()
 
     async def run(self, function: Callable[..., Any], *arguments: bytes) -> Any:
-        """Runs a function of bcrypt in a thread."""
+        """Runs a function of bcrypt in a thread. Raises as hash()."""
         self.refuse_if_busy()
         self.pending += 1  # before the thread begins, because other requests come until then
         try:
             return await anyio.to_thread.run_sync(function, *arguments, limiter=self.limiter)
+        except RuntimeError as error:  # the process may have no more threads
+            raise busy(reason=str(error)) from None
         finally:
             self.pending -= 1
 

@@ -298,6 +298,13 @@ def test_of_logins_at_once_no_more_than_twenty_wait() -> None:
     assert [type(each) for each in answers].count(HTTPProblem) == 78
 
 
+def test_a_login_that_gets_no_thread_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", start_none)
+    with pytest.raises(HTTPProblem) as raised:
+        asyncio.run(auth.passwords.check("correct horse", None))
+    assert (raised.value.status_code, raised.value.reason) == (503, "can't start new thread")
+
+
 def test_an_account_has_ten_attempts_a_minute_from_wherever() -> None:
     answers = [attempt("a@example.com", f"192.0.2.{n}") for n in range(12)]
     assert answers == ["ok"] * 10 + ["429"] * 2
@@ -603,15 +610,17 @@ def test_a_fetch_without_an_end_is_given_up_and_its_answer_replaces_nothing(
     asyncio.run(story())
 
 
+def start_none(_: threading.Thread) -> None:
+    """As Thread.start() where the process may have no more."""
+    raise RuntimeError("can't start new thread")
+
+
 def test_a_fetch_that_gets_no_thread_is_503_and_the_next_one_brings_the_keys(
     monkeypatch: pytest.MonkeyPatch, issuer: Issuer
 ) -> None:
-    def start(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     keys = KeySet(issuer.url, ALGORITHMS)
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
+        patch.setattr(threading.Thread, "start", start_none)
         assert unreachable(keys, issuer).reason == "can't start new thread"
     keys.started -= 6
     assert asyncio.run(finds(keys, issuer))
