@@ -72,10 +72,7 @@ def is_proxy(address: str) -> bool:
 
 
 class RequestLog:
-    """Gives each request an id and, when it has ended, a line in the log.
-
-    A response that comes before the request's body closes the connection.
-    """
+    """Gives each request an id, a RequestState and, when it has ended, a line in the log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -100,7 +97,7 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 state.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
-                if state.body is None:
+                if state.body is None:  # what is left of the request is not read
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
@@ -151,8 +148,10 @@ class ErrorResponses:
                 raise
             if state_of(scope).status:  # the response has started
                 state_of(scope).reason = f"broken off: {type(error).__name__}"
-                raise
-            if isinstance(error, asyncio.CancelledError):  # by uvicorn, some time after SIGTERM
+                if isinstance(error, Exception):
+                    raise
+                return  # uvicorn cancelled it after SIGTERM, because its client does not read
+            if not isinstance(error, Exception):
                 error = HTTPProblem(503, "The service is shutting down", headers=RETRY)
             response = await self.respond(Request(scope), error)
             if response.status_code == 500:
@@ -166,13 +165,13 @@ class BodyLimit:
     """Bounds the bytes and the time of a body, and the bytes of all until their requests end.
 
     Raises HTTPProblem: 413 and 415 by the headers at once, the others when a route asks for the
-    body, so that a 401 or 404 comes first. Each user, or address without a user, has a share
-    of the bytes, so that unfinished bodies of one do not keep others from sending theirs.
+    body, so that a 401 or 404 comes first. A user, or an address without one, has a share of the
+    bytes, so that its unfinished bodies do not keep others from sending theirs.
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app, self.pending = app, 0
-        self.shares = Counter[str]()  # of whoever has bytes here now
+        self.app = app
+        self.held = Counter[str]()  # bytes of bodies, by user or address
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         has_none = scope["type"] != "http" or state_of(scope).body is not None
@@ -201,7 +200,9 @@ class BodyLimit:
         try:
             await self.app(scope, receive_whole, send)
         finally:
-            self.hold(owner, -len(state.body or body))
+            self.held[owner] -= len(state.body or body)
+            if not self.held[owner]:
+                del self.held[owner]
 
     async def read(self, receive: Receive, owner: str, body: bytearray) -> None:
         """Adds to the body, and to what its owner holds."""
@@ -211,19 +212,13 @@ class BodyLimit:
                 raise HTTPProblem(499, "The client left")
             chunk = message.get("body", b"")
             body += chunk
-            self.hold(owner, len(chunk))
+            self.held[owner] += len(chunk)
             self.check_size(len(body))
-            if len(body) > SMALL and (self.pending > MAX_BODIES or self.shares[owner] > MAX_SHARE):
+            is_large = len(body) > SMALL
+            if is_large and (self.held[owner] > MAX_SHARE or self.held.total() > MAX_BODIES):
                 raise HTTPProblem(503, "Too many uploads", headers=RETRY)
             if not message.get("more_body", False):
                 return
-
-    def hold(self, owner: str, size: int) -> None:
-        """Counts bytes for an owner, or takes them back (`size` below 0)."""
-        self.pending += size
-        self.shares[owner] += size
-        if not self.shares[owner]:
-            del self.shares[owner]
 
     def check_size(self, size: int) -> None:
         if size > MAX_BODY:

@@ -1,22 +1,17 @@
 """uvicorn's HTTP protocol, with bounds on what a client makes a connection hold, and how long.
 
-uvicorn 0.54 sets no bounds, loses the body behind an Upgrade, and takes trailers for headers.
+    HEAD -> RUNNING -> IDLE -> HEAD    From any of these to UNREAD and back, or to ENDING.
 
-    state                    what happens                 timer
-    timers["head"]           a head is awaited or read    HEAD_TIMEOUT, close()
-    running                  a request is answered        none: the application's own
-    timeout_keep_alive_task  all requests are answered    KEEP_ALIVE, close()
-    refused                  what comes is thrown away    "last": READ_TIMEOUT, abort()
-    transport.is_closing()   the client reads the rest    "last", or the kernel's
-    flow.write_paused        more than UNREAD bytes wait  "last", until it is a quarter
-
-`running` is the request that is answered, `pipeline` has those that wait, `cycle` is the newest.
+uvicorn 0.54 sets no bounds, loses the body behind an Upgrade, takes trailers for headers, and
+resets a client that still sends when it closes. What it calls a cycle is a request with its
+response: `running` is answered, those in `pipeline` wait for it, and `cycle` is the newest.
 """
 
 import resource
 import socket
 from asyncio import TimerHandle
 from collections import deque
+from enum import Enum
 from typing import Any, ClassVar
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
@@ -31,86 +26,104 @@ if MAX_CONNECTIONS < 1:
     raise SystemExit("The service needs more than 128 file descriptors (ulimit -n)")
 MAX_HEAD = 65_536  # bytes of target and headers, or of a trailer. Behind others, twice as many
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
-HEAD_TIMEOUT = 10  # seconds for a head, from its first byte or the connection's start
-UNREAD = 65_536  # bytes that wait unsent in the kernel, and then in the transport
-READ_TIMEOUT = 60  # seconds to take a response or a refusal
-LAST_SECONDS = 7  # to take a response after SIGTERM, one less than lib.serve.SHUTDOWN
+UNREAD = 65_536  # bytes that wait unsent in the kernel, and as many in uvloop's transport
 REFUSAL = b"content-length: 0\r\nconnection: close\r\n\r\n"
-NOTHING: Any = deque(maxlen=0)  # a list that drops what is appended
+
+
+class State(Enum):
+    """What a connection waits for, and the seconds after which it is dropped."""
+
+    HEAD = "the first head, or the rest of one that has begun", 10
+    RUNNING = "the application, which has bounds of its own, also for bodies", None
+    IDLE = "the next request", 100  # more than the 90 of Heroku's router
+    UNREAD = "the client to take responses, until a quarter of UNREAD bytes is left", 60
+    ENDING = "the client to take what was sent. What it sends is thrown away", 60
+
+    def __init__(self, meaning: str, seconds: float | None) -> None:
+        self.seconds = seconds
 
 
 class Protocol(HttpToolsProtocol):
-    """A connection. The transport, the parser and uvicorn call its methods."""
+    """A connection. The transport, the parser, uvicorn's server and its cycles call the methods."""
 
     # With more than 30 attributes in its dictionary, a connection takes 1 KB more.
-    __slots__ = ("refused", "running", "size", "timers")
+    __slots__ = ("refusal", "running", "size", "state", "timer", "write")
     readers: ClassVar[Readers] = Readers()
-    url = b""  # before the first request
+    cycle: Any  # None when all requests are answered
+    scope: Any  # of the newest head, which uvicorn makes with its first byte. None when IDLE
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.timers: dict[str, TimerHandle] = {}
+        self.state: State | None = None
+        self.timer: TimerHandle | None = None
         self.size = 0  # bytes of the head or trailer that is being read
-        self.refused = False
+        self.refusal = b""  # the answer to what is no HTTP. Nothing behind that is read
         self.running: Any = None
+        self.pipeline: Any = ()  # uvicorn's deque, of 1 KB, is made for who needs it
+        self.url = b""
 
-    def start(self, timer: str, seconds: float, end: Any) -> None:
-        if timer not in self.timers:
-            self.timers[timer] = self.loop.call_later(seconds, end)
+    # States.
 
-    def stop(self, timer: str) -> None:
-        if timer in self.timers:
-            self.timers.pop(timer).cancel()
+    def enter(self, state: State) -> None:
+        """Starts the timer of a state. In the same state, the timer runs on. ENDING is the last."""
+        if self.state not in (state, State.ENDING):
+            self.state = state
+            if self.timer:
+                self.timer.cancel()
+            self.timer = None
+            if state.seconds:
+                self.timer = self.loop.call_later(state.seconds, self.transport.abort)
+
+    def update(self) -> None:
+        """Enters the state that an event has led to."""
+        if self.flow.write_paused:
+            self.enter(State.UNREAD)
+        elif self.running:
+            self.enter(State.RUNNING)
+        else:
+            self.enter(State.HEAD if self.scope else State.IDLE)
 
     # Opening and closing.
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        transport.set_write_buffer_limits(UNREAD)
+        self.write = transport.write
         set_option = transport.get_extra_info("socket").setsockopt
         set_option(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux. uvicorn closes without "last"
-            set_option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_TIMEOUT * 1000)
-        self.start("head", HEAD_TIMEOUT, self.close)
+        self.enter(State.HEAD)
         if len(self.connections) > MAX_CONNECTIONS:
-            connections: Any = self.connections  # those that are idle give way
-            idle = (each for each in connections if each.timeout_keep_alive_task)
-            next((each for each in idle if not each.transport.is_closing()), self).close()
+            connections: Any = self.connections
+            idle = (each for each in connections if each.state is State.IDLE)
+            next(idle, self).close()  # an idle one gives way
 
     def close(self) -> None:
-        """Ends the connection when its client has taken what was sent, or after READ_TIMEOUT."""
-        self.transport.close()
-        self.start("last", READ_TIMEOUT, self.transport.abort)
+        """Ends the connection when the client has taken what was sent."""
+        if self.state is State.ENDING:
+            return
+        self.enter(State.ENDING)
+        if self.refusal or (self.cycle and self.cycle.more_body):
+            # The client still sends. To close, or to leave bytes unread, resets the connection:
+            # the client would lose the answer.
+            self.transport.write_eof()
+            self.flow.resume_reading()
+        else:
+            self.transport.close()
 
-    timeout_keep_alive_handler = close
+    def is_closing(self) -> bool:
+        return self.state is State.ENDING  # so that uvicorn sends no 100 Continue any more
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(None)  # after a reset, uvicorn would leave a timer to run
+        super().connection_lost(exc)
+        self.state = State.ENDING
+        if self.timer:
+            self.timer.cancel()
         self.give_up(499)
         self.readers.discard(self.transport)
-        for timer in self.timers.values():
-            timer.cancel()
-
-    def shutdown(self) -> None:
-        """SIGTERM came. Who has not read all is dropped before uvicorn cancels it."""
-        super().shutdown()
-        unread, abort = self.transport.get_write_buffer_size, self.transport.abort
-        self.start("stop", LAST_SECONDS, lambda: abort() if unread() else None)
-
-    def give_up(self, status: int) -> None:
-        """Ends the request that is answered. RequestLog gets `status` if no response began."""
-        request, self.running = self.running, None
-        if request:
-            request.disconnected, request.waiting_for_100_continue = True, False
-            request.message_event.set()
-            if not request.response_started:
-                request.scope["state"]["ended"] = status
 
     # Reading. feed_data() calls the on_ methods. What they raise becomes HttpParserError.
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
-        while data and not self.refused:
+        while data and not self.refusal and self.state is not State.ENDING:
             piece, data = data[: MAX_HEAD - self.size], data[MAX_HEAD - self.size :]
             self.size += len(piece)
             try:
@@ -119,10 +132,26 @@ class Protocol(HttpToolsProtocol):
                 data = self.head_without_upgrade() + piece[upgrade.args[0] :] + data
             except HttpParserError:
                 self.refuse(400)
-            if self.size == MAX_HEAD and not self.refused:
+            if self.size == MAX_HEAD and not self.refusal:
                 self.refuse(414 if len(self.url) > MAX_HEAD // 2 else 431)
-        if not self.refused and not self.running:
-            self.start("head", HEAD_TIMEOUT, self.close)
+        if self.scope:  # else these were line breaks, and no head
+            self.update()
+
+    def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError  # data_received() refuses
+        if self.running and not self.pipeline:
+            self.pipeline = deque()
+        super().on_headers_complete()
+        self.size, self.headers = 0, []  # a trailer is no header (RFC 9110 section 6.5.1)
+        if self.cycle:  # None where uvicorn ignores an Upgrade
+            self.cycle.transport = self  # so that it closes by close()
+            if not self.pipeline:
+                self.running = self.cycle
+
+    def on_body(self, body: bytes) -> None:
+        self.size = 0
+        super().on_body(body)
 
     def _should_upgrade(self) -> bool:
         """Lets uvicorn ignore the head of an Upgrade (RFC 9110 section 7.8), which is fed again."""
@@ -139,60 +168,57 @@ class Protocol(HttpToolsProtocol):
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         return b"\r\n".join([*lines, b"\r\n"])
 
-    def on_headers_complete(self) -> None:
-        if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError  # data_received() refuses
-        if self.timers:
-            self.stop("head")
-        self.pipeline = (self.pipeline or deque()) if self.running else NOTHING  # saves 1 KB
-        super().on_headers_complete()
-        if not self.pipeline:
-            self.running = self.cycle
-        self.size, self.headers = 0, NOTHING  # a trailer is no header (RFC 9110 section 6.5.1)
-
-    def on_body(self, body: bytes) -> None:
-        self.size = 0
-        super().on_body(body)
+    # Refusing.
 
     def refuse(self, status: int) -> None:
-        """Ends the connection after the answers before, or a refusal if none has begun."""
-        self.refused = True
-        self.stop("head")
-        if self.running and (self.pipeline or not self.running.more_body):
-            self.cycle.keep_alive = False  # uvicorn closes after it
-            return
+        """Answers what is no HTTP, after the requests before it, and ends the connection."""
+        self.refusal = STATUS_LINE[status] + REFUSAL
+        if self.pipeline and self.cycle.more_body:  # it would wait for the body that is no HTTP
+            self.pipeline.popleft()
+        if self.running and not self.running.more_body:
+            return  # on_response_complete() sends the refusal
         if not (self.running and self.running.response_started):
-            self.transport.write(STATUS_LINE[status] + REFUSAL)
+            self.write(self.refusal)
         self.give_up(status)
-        # To close, or to leave bytes unread, would reset a client that still sends.
-        self.transport.write_eof()
-        self.flow.resume_reading()
-        self.start("last", READ_TIMEOUT, self.transport.abort)
+        self.close()
+
+    def give_up(self, status: int) -> None:
+        """Ends the request that is answered. RequestLog gets `status` if no response began."""
+        request, self.running = self.running, None
+        if request:
+            request.disconnected = True
+            request.message_event.set()
+            if not request.response_started:
+                request.scope["state"]["ended"] = status
 
     # Writing.
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.start("last", READ_TIMEOUT, self.transport.abort)
+        self.update()
         state = self.running.scope["state"].get("request") if self.running else None
         client = (state.user_id or networks(state.client)[0]) if state else str(self.client)
         self.readers.add(self.transport, client)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if not (self.refused or self.transport.is_closing()):
-            self.stop("last")
+        self.update()
         self.readers.discard(self.transport)
 
     def on_response_complete(self) -> None:
-        self.running = self.pipeline[-1][0] if self.pipeline else None  # what uvicorn starts next
-        super().on_response_complete()
-        if self.transport.is_closing():  # uvicorn waits for ever for the client to read
+        """Goes on to the next request. uvicorn's method would start a timer of its own."""
+        self.running = None
+        if self.state is State.ENDING:
+            return
+        if self.pipeline:  # its body, which nobody counts yet, waits until it is asked for
+            self.running, app = self.pipeline.pop()
+            self._start_asgi_task(self.running, app)
+        elif self.refusal or self.cycle.more_body:  # the application has not read the body
+            self.write(self.refusal)
             self.close()
-        elif self.running:  # its body, which nobody counts yet, waits until it is asked for
-            self.flow.pause_reading()
-        elif self.scope is not self.cycle.scope or self.cycle.more_body:  # something has begun
-            self.start("head", HEAD_TIMEOUT, self.close)
-        else:  # uvicorn would keep the request, with its body, until the next one
-            self.cycle, self.scope, self.url = None, None, b""  # type: ignore[assignment]
-            self.size = 0
+        else:
+            self.flow.resume_reading()
+            if self.scope is self.cycle.scope:  # no head has begun behind it
+                self.scope, self.url, self.size = None, b"", 0
+            self.cycle = None  # uvicorn would keep the request, with its body, until the next
+        self.update()

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from lib.settings import BaseSettings
 
-KEEP_ALIVE = 100  # seconds of an idle connection: more than the 90 of Heroku's router
 SHUTDOWN = 8  # seconds that requests have to end after SIGTERM; platforms kill after 10 or more
 
 # libuv accepts one connection for each listening socket and turn of the event loop (its PR 3696).
@@ -22,7 +21,6 @@ LISTENERS = 64  # duplicates of the socket: 200 connections take 5 turns instead
 FLAGS: dict[str, Any] = {
     "http": "lib.protocol:Protocol",
     "ws": "none",
-    "timeout_keep_alive": KEEP_ALIVE,
     "timeout_graceful_shutdown": SHUTDOWN,
     "proxy_headers": False,  # lib.middleware.client_address() finds the client
     "server_header": False,

@@ -21,5 +21,4 @@ class RequestState:
 
 def state_of(scope: Scope) -> RequestState:
     """The state of a request. Raises KeyError unless RequestLog is outside of the caller."""
-    state: RequestState = scope["state"]["request"]
-    return state
+    return scope["state"]["request"]  # type: ignore[no-any-return]
