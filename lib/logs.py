@@ -41,9 +41,9 @@ class Output:
             self.waiting += encode(level, fields)
         else:
             self.dropped += 1
-        self.flush()
+        self.flush(0)
 
-    def flush(self, seconds: float = 0) -> None:
+    def flush(self, seconds: float = LAST_WAIT) -> None:
         """Writes what waits, as far as there is room within so many seconds."""
         end = monotonic() + seconds
         # Whoever has the lock writes this line too, or whoever logs next. It may be this thread: a
@@ -78,21 +78,28 @@ def encode(level: str, fields: dict[str, Any]) -> bytes:
 
 
 class JsonHandler(logging.Handler):
-    """Of an exception it keeps the type and the places: the message may repeat what a user sent."""
+    """Of an exception and its cause it keeps the types and the places: their texts may repeat what
+    a user sent."""
 
     def emit(self, record: logging.LogRecord) -> None:
         fields: dict[str, Any] = {"message": str(record.msg), "logger": record.name}
         if record.name != "opentelemetry.util.re":  # it would show OTEL_EXPORTER_OTLP_HEADERS
             with suppress(Exception):  # arguments that do not fit
                 fields["message"] = record.getMessage()
-        if record.exc_info and record.exc_info[1]:
-            frames = traceback.extract_tb(record.exc_info[2])
-            fields["exception"] = type(record.exc_info[1]).__name__
-            fields["trace"] = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+        if record.exc_info and (error := record.exc_info[1]):
+            fields |= described(error)
+            if cause := error.__cause__ or error.__context__:
+                fields["cause"] = described(cause)
         write(record.levelname, fields)
+
+
+def described(error: BaseException) -> dict[str, Any]:
+    frames = traceback.extract_tb(error.__traceback__)
+    trace = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+    return {"exception": type(error).__name__, "trace": trace}
 
 
 def configure() -> None:
     """Sends all records through JsonHandler."""
     logging.basicConfig(level=logging.INFO, handlers=[JsonHandler()], force=True)
-    atexit.register(output.flush, LAST_WAIT)
+    atexit.register(output.flush)

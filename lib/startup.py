@@ -29,7 +29,7 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
         is_main = threading.current_thread() is threading.main_thread()
         try:
             async with AsyncExitStack() as stack:
-                stack.callback(logs.output.flush, logs.LAST_WAIT)  # uvicorn's end runs no atexit
+                stack.callback(logs.output.flush)  # uvicorn's end runs no atexit
                 stack.push_async_callback(stop)  # after a start that failed, too
                 with ended_by_signals() if is_main else nullcontext():
                     await start()
@@ -61,5 +61,5 @@ def ended_by_signals() -> Iterator[None]:
 
 def end(code: int) -> NoReturn:
     """Ends the process with this code at once, when its log is written."""
-    logs.output.flush(logs.LAST_WAIT)
+    logs.output.flush()
     os._exit(code)

@@ -109,7 +109,7 @@ async def main():
     async with startup.lifespan(start, stop)(None): ...
     os._exit(0)  # as uvicorn, which ends by the signal that stopped it
 
-logs.LAST_WAIT = 60
+logs.Output.flush.__defaults__ = (60,)
 logs.configure()
 asyncio.run(main())
 """
@@ -143,15 +143,22 @@ def test_what_otel_says_of_a_wrong_header_is_logged_without_the_header(
     assert "Header format invalid" in line and "hunter2" not in line
 
 
-def test_an_exceptions_text_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
+def test_of_an_exception_and_its_cause_the_types_and_places_are_logged_and_not_the_texts(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     try:
-        raise ValueError("a secret")
-    except ValueError as error:
-        info: Any = (ValueError, error, error.__traceback__)
+        try:
+            int("a secret")
+        except ValueError as error:
+            raise KeyError("a secret") from error
+    except KeyError as error:
+        info: Any = (KeyError, error, error.__traceback__)
     record = logging.LogRecord("test", logging.ERROR, "", 0, "failed", (), info)
     logs.JsonHandler().emit(record)
     line = capfd.readouterr().out
-    assert json.loads(line)["exception"] == "ValueError"
+    fields, place = json.loads(line), "test_observability.py:"
+    for part, name in (fields, "KeyError"), (fields["cause"], "ValueError"):
+        assert part["exception"] == name and part["trace"][0].startswith(place)
     assert "a secret" not in line
 
 
