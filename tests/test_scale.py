@@ -1,80 +1,84 @@
-"""What rows cost: a million tasks against ten thousand, and page 100 of a list against page 1.
+"""What a statement on tasks reads, however many tasks there are: few pages, on Citus of one shard.
 
-SCALE=1 python -m pytest tests/test_scale.py     takes two minutes and needs wrk
+`python tests/citus.py --bin DIR` starts a Citus for TEST_DATABASE_URL.
 """
 
-import os
+import re
 from collections.abc import Iterator
-from contextlib import ExitStack
-from statistics import median
 
 import psycopg
 import pytest
 
-from bench.run import OPERATIONS, OTHERS, Bench
+import db
+from conftest import HERE, NOBODYS_ID, has_citus
+from pgpipeline import Statement
 
-pytestmark = pytest.mark.skipif(not os.environ.get("SCALE"), reason="SCALE=1 runs it")
-ROUNDS = 5
-OWNER = OTHERS[0]  # who owns no tasks but those made here
-INSERT_USER = "INSERT INTO todo.users (id) VALUES (%s) ON CONFLICT DO NOTHING"
+parametrize = pytest.mark.parametrize
+OF_TASKS = [
+    db.SELECT_TASK, db.SELECT_TASKS, db.INSERT_TASK, db.UPDATE_TASK, db.TOGGLE_TASK, db.DELETE_TASK
+]  # fmt: skip
+VALUES = dict.fromkeys([name for each in OF_TASKS for name in each.parameters])
+VALUES |= {"user_id": "many", "task_id": NOBODYS_ID, "title": "x", "limit": 100, "offset": 0}
+VALUES |= {name: True for name in VALUES if name.startswith("sets_")} | {"completed": False}
+INSERT_USERS = "INSERT INTO todo.users (id) SELECT 'many' || n FROM generate_series(0, 100) AS n"
+# One user has 10,000 tasks, a hundred have as many together, and many0 has none. They lie mixed.
 INSERT_TASKS = """
 INSERT INTO todo.tasks (user_id, title)
-SELECT %s, 'Buy milk'
-FROM generate_series(1, %s)
-RETURNING id
+SELECT 'many' || CASE n % 2 WHEN 1 THEN '' ELSE (n % 100 + 1)::text END, 'Buy milk'
+FROM generate_series(1, 20000) AS n
 """
+LAST_PAGE = "SELECT id FROM todo.tasks WHERE user_id = 'many' ORDER BY id LIMIT 1 OFFSET 100"
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    """The service twice: "small" has 10,000 tasks, "large" 1,000,000 of 10,000 users."""
-    with ExitStack() as running:
-        bench = Bench(running, seconds=1)
-        bench.start_service("small")
-        bench.users = 10_000
-        bench.start_service("large")
-        yield bench
+def connection(database: str) -> Iterator[psycopg.Connection]:
+    """A connection to a database with 20,000 tasks."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute((HERE / "schema.sql").read_bytes())
+        connection.execute("INSERT INTO todo.users (id) VALUES ('many')")
+        connection.execute(INSERT_USERS)
+        connection.execute(INSERT_TASKS)
+        connection.execute("VACUUM ANALYZE todo.tasks")
+        yield connection
+        connection.execute("DELETE FROM todo.users WHERE id LIKE 'many%'")
 
 
-def read(bench: Bench, name: str, operation: str) -> list[str]:
-    return (bench.directory / f"{name} {operation}").read_text().splitlines()
+def literals(statement: Statement, **given: object) -> list[str]:
+    values = [(VALUES | given)[name] for name in statement.parameters]
+    return ["NULL" if value is None else f"'{value}'" for value in values]
 
 
-def write(bench: Bench, name: str, operation: str, lines: list[str]) -> None:
-    (bench.directory / f"{name} {operation}").write_text("\n".join(lines))
+def pages_read(connection: psycopg.Connection, statement: Statement, values: list[str]) -> int:
+    """How many pages the prepared statement reads. It is executed, and undone."""
+    run = f"EXPLAIN (ANALYZE, BUFFERS) EXECUTE it ({', '.join(values)})"
+    with connection.transaction(force_rollback=True):
+        connection.execute(b"PREPARE it AS " + statement.text)
+        plan = "\n".join(line for (line,) in connection.execute(run.encode()))
+        connection.execute("DEALLOCATE it")
+    read = re.findall("Buffers: shared (.*)", plan)[0]  # by the whole of it
+    return sum(map(int, re.findall(r"(?:hit|read)=(\d+)", read)))
 
 
-def insert_tasks(bench: Bench, name: str, number: int) -> tuple[str, list[str]]:
-    """Gives the owner tasks; returns the owner's token, and the ids from the oldest on."""
-    with psycopg.connect(bench.postgres.get_uri(name), autocommit=True) as database:
-        database.execute(INSERT_USER, [OWNER])
-        ids = [str(id) for (id,) in database.execute(INSERT_TASKS, [OWNER, number]).fetchall()]
-    return read(bench, name, "create")[0].split()[2], sorted(ids)
+@parametrize("mode", ["force_generic_plan", "force_custom_plan"])
+@parametrize("statement", OF_TASKS, ids=lambda statement: statement.name)
+def test_a_statement_on_tasks_reads_few_pages_of_many(
+    connection: psycopg.Connection, statement: Statement, mode: str
+) -> None:
+    if has_citus(connection):
+        pytest.skip("shards have the pages")
+    connection.execute(f"SET plan_cache_mode = {mode}".encode())
+    [(last,)] = connection.execute(LAST_PAGE).fetchall()
+    for given in ({}, {"after": last}, {"user_id": "many0"}):  # of a list, pages 1 and 100
+        assert pages_read(connection, statement, literals(statement, **given)) < 20
 
 
-@pytest.mark.parametrize("operation", [*OPERATIONS, "update", "delete"])
-def test_a_hundred_times_the_tasks_slow_nothing_by_a_third(bench: Bench, operation: str) -> None:
-    ratios = []
-    for n in range(ROUNDS):
-        rates = {}
-        for name in ("small", "large")[:: (-1) ** n]:  # writes leave work to whoever comes next
-            if operation == "update":
-                toggles = [line.replace("/toggle", "") for line in read(bench, name, "toggle")]
-                write(bench, name, "update", [line + ' {"title": "Buy bread"}' for line in toggles])
-            if operation == "delete":
-                token, ids = insert_tasks(bench, name, 20_000)
-                write(bench, name, "delete", [f"DELETE /tasks/{id} {token}" for id in ids])
-            load = bench.load(name, operation)
-            assert load["errors"] == 0
-            rates[name] = load["rate"]
-        ratios.append(rates["small"] / rates["large"])
-    assert median(ratios) < 1.3, ratios
-
-
-def test_page_100_costs_what_page_1_does(bench: Bench) -> None:
-    token, ids = insert_tasks(bench, "small", 10_001)
-    write(bench, "small", "page 1", [f"GET /tasks?limit=100 {token}"])
-    write(bench, "small", "page 100", [f"GET /tasks?limit=100&after={ids[-9900]} {token}"])
-    pages = "page 1", "page 100"
-    rates = [[bench.load("small", page)["rate"] for page in pages] for _ in range(ROUNDS)]
-    assert median(first / last for first, last in rates) < 1.3, rates
+@parametrize("statement", OF_TASKS, ids=lambda statement: statement.name)
+def test_a_statement_on_tasks_runs_on_one_shard(
+    connection: psycopg.Connection, statement: Statement
+) -> None:
+    if not has_citus(connection):
+        pytest.skip("the database has no Citus")
+    values = literals(statement)
+    text = re.sub(r"\$(\d+)", lambda n: values[int(n[1]) - 1], statement.text.decode())
+    plan = connection.execute(f"EXPLAIN {text}".encode()).fetchall()
+    assert "Task Count: 1" in "\n".join(line for (line,) in plan)
