@@ -37,9 +37,14 @@ SHUTDOWN = (postgres.AdminShutdown, postgres.IdleSessionTimeout)
 
 
 def ends_session(error: postgres.Error) -> bool:
-    """Whether PostgreSQL ends the session in good order. A function may raise the same SQLSTATE,
-    and a shard may pass its own on: then the session lives, and executes what was sent."""
-    return isinstance(error, SHUTDOWN) and error.diag.severity_nonlocalized == "FATAL"
+    """Whether a connection serves no more: PostgreSQL shuts it down, or is a standby by now.
+
+    A function may raise the SQLSTATE of a shutdown, and a shard may pass its own on: then the
+    session lives, and executes what was sent. The severity tells them apart.
+    """
+    if isinstance(error, SHUTDOWN):
+        return error.diag.severity_nonlocalized == "FATAL"
+    return isinstance(error, postgres.ReadOnlySqlTransaction)
 
 
 def is_outdated(error: postgres.Error) -> bool:

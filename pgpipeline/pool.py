@@ -1,4 +1,4 @@
-"""The pool: takes statements of many callers, and sends them by a few pipelines."""
+"""The pool: takes statements of many callers, sends them by a few pipelines, and settles them."""
 
 import asyncio
 import random
@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
 
+import psycopg.errors as postgres
+
+from pgpipeline import errors
 from pgpipeline.connection import ConnectionPool
 from pgpipeline.errors import Unavailable
 from pgpipeline.pipeline import SLOW, Pipeline, State, log
-from pgpipeline.queue import Query, Queue
+from pgpipeline.queue import FEW, Query, Queue
 from pgpipeline.result import Result
 from pgpipeline.statement import Statement, Value, encode
 
@@ -32,7 +35,8 @@ class PipelinePool:
             raise ValueError("size and depth must be 1 or more")
         self.connections, self.size, self.depth, self.span = connections, size, depth, span
         self.queue = Queue(size)
-        self.pipelines: dict[Pipeline, asyncio.Task[None]] = {}
+        self.pipelines: list[Pipeline] = []
+        self.tasks: set[asyncio.Task[None]] = set()  # of pipelines, and one to come
         self.last_answer = float("-inf")  # on the clock of time.monotonic()
         self.is_scheduled = self.is_closed = False
 
@@ -42,14 +46,16 @@ class PipelinePool:
         """Executes a statement in a transaction of its own, when it is the tenant's turn.
 
         Raises the exceptions of errors.py, Unavailable SLOW seconds after QUERY_TIMEOUT at the
-        latest, and UnicodeDecodeError for a column whose name is no UTF-8.
+        latest. Of our own code: KeyError for a value that is missing, and UnicodeDecodeError for a
+        column whose name is no UTF-8.
         """
         loop = asyncio.get_running_loop()
         encoded = [encode(values[name]) for name in statement.parameters]
         query = Query(statement, encoded, tenant, loop.create_future())
         # In two steps: the loop may have stood still until the first one. Then it reads an answer
         # that lies in the socket before the second.
-        timeout = loop.call_later(QUERY_TIMEOUT, loop.call_later, SLOW, expire, query)
+        late = Unavailable("no answer in time")
+        timeout = loop.call_later(QUERY_TIMEOUT, loop.call_later, SLOW, query.settle, late)
         self.put(query)
         try:
             with self.span(statement):
@@ -58,7 +64,7 @@ class PipelinePool:
             timeout.cancel()
             if query in self.queue.waiting:  # it has failed, or its caller has left
                 self.queue.remove(query)
-            del query  # or its exception, whose traceback has this frame, waits for the collector
+            del query, late  # their traceback has this frame, and would wait for the collector
 
     def seconds_since_answer(self) -> float:
         """Since the database has answered anything. Infinite if it never has."""
@@ -68,18 +74,18 @@ class PipelinePool:
         """Ends all pipelines. Queries that wait or are under way fail, and so do later ones."""
         self.is_closed = True
         for query in self.queue.waiting:
-            query.fail(Unavailable("the pool is closed"))
-        tasks = list(self.pipelines.values())
+            query.settle(Unavailable("the pool is closed"))
+        tasks = list(self.tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # Dispatching queries to pipelines...
+    # Sending queries...
 
     def put(self, query: Query) -> None:
         """Queues a query. It is sent with all others that come in this turn of the loop."""
         if self.is_closed:
-            query.fail(Unavailable("the pool is closed"))
+            query.settle(Unavailable("the pool is closed"))
         if query.result.done():  # its caller may have left while it paused
             return
         self.queue.append(query)
@@ -93,10 +99,8 @@ class PipelinePool:
         if self.is_closed or not self.queue.waiting:
             return
         now = monotonic()
-        active = [pipeline for pipeline in self.pipelines if pipeline.state is State.ACTIVE]
-        self.queue.forget_slow()
-        self.queue.is_alone = len(active) == 1
-        usable = [pipeline for pipeline in active if not pipeline.is_silent(now)]
+        self.queue.forget_slow(now)
+        usable = [each for each in self.pipelines if each.is_usable(now)]
         self.fill(usable.copy())
         # Another one is opened if each has so many queries under way, or if there is none.
         busy, slow = min(2, self.depth), self.queue.slow_pipelines()
@@ -105,9 +109,11 @@ class PipelinePool:
 
     def fill(self, pipelines: list[Pipeline]) -> None:
         """Sends queries where the fewest are under way, until no more may be sent."""
+        # While another pipeline opens, a tenant who waits for it is not sent behind a burst.
+        depth = min(self.depth, FEW) if self.is_opening() else self.depth
         while pipelines and self.queue.waiting:
             pipeline = min(pipelines, key=lambda pipeline: len(pipeline.sent))
-            if len(pipeline.sent) >= self.depth:
+            if len(pipeline.sent) >= depth:
                 return
             # It is not active any more when send() has found that its connection is lost.
             query = self.queue.take(pipeline) if pipeline.state is State.ACTIVE else None
@@ -116,51 +122,88 @@ class PipelinePool:
             else:  # by rule 4 another pipeline may still take one
                 pipelines.remove(pipeline)
 
+    # Opening pipelines...
+
+    def is_opening(self) -> bool:
+        """Whether a pipeline waits for its connection."""
+        return len(self.tasks) > len(self.pipelines)
+
     def open_pipeline(self) -> None:
         """Opens a pipeline, unless there are enough or one waits for its connection already."""
-        is_acquiring = any(each.state is State.ACQUIRING for each in self.pipelines)
         # A tenant alone may not use the last one (rule 4). Beside a slow one it is for others.
         is_shared = len(self.queue.tenants) > 1 or self.queue.slow
         size = self.size if is_shared else max(self.size - 1, 1)
-        if len(self.pipelines) < size and not is_acquiring:
-            pipeline = Pipeline(self)
-            self.pipelines[pipeline] = asyncio.create_task(self.run(pipeline))
+        if len(self.tasks) < size and not self.is_opening():
+            task = asyncio.create_task(self.run_pipeline())
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+            task.add_done_callback(lambda _: self.dispatch())
 
-    async def run(self, pipeline: Pipeline) -> None:
+    async def run_pipeline(self) -> None:
         """The life of a pipeline. After one that has failed, the next one is opened later."""
         try:
-            await pipeline.run()
+            pipeline = Pipeline(self, await self.connections.acquire())
+            self.pipelines.append(pipeline)
+            try:
+                await pipeline.run()
+            finally:
+                self.pipelines.remove(pipeline)
         except Exception:
             log.exception("a pipeline has failed")
             await asyncio.sleep(1)
-        finally:
-            del self.pipelines[pipeline]
-        self.dispatch()
-
-    # What a pipeline asks, because it knows no other...
 
     def is_connection_wanted(self) -> bool:
         """Whether more wait for a connection than pipelines acquire one or will release one."""
-        inactive = sum(each.state is not State.ACTIVE for each in self.pipelines)
-        return self.connections.get_stats()["requests_waiting"] > inactive
+        active = sum(each.state is State.ACTIVE for each in self.pipelines)
+        return self.connections.get_stats()["requests_waiting"] > len(self.tasks) - active
 
-    def drain(self) -> None:
-        """Ends all pipelines, because since a failover each may lead to a standby."""
+    async def drain(self) -> None:
+        """Replaces all connections, because they may be lost, or lead to a standby."""
         for pipeline in self.pipelines:
-            if pipeline.state is State.ACTIVE:
-                pipeline.advance(State.DRAINING)
+            pipeline.drain()
+        await self.connections.drain()
+
+    # Settling queries...
+
+    def settle(self, query: Query, outcome: Result | Exception, cancelled: Query | None) -> None:
+        """Settles a query, or gives it another attempt if PostgreSQL has not executed it.
+
+        `cancelled` is the query of its pipeline that was last cancelled.
+        """
+        if not isinstance(outcome, postgres.Error):
+            return query.settle(outcome)
+        statement, may_retry = query.statement, errors.may_retry(outcome)
+        if errors.is_outdated(outcome) and query.sent_by_name == statement.prepared_name:
+            statement.renew()  # once, though many queries under way were sent by the old name
+        if isinstance(outcome, postgres.QueryCanceled):
+            # The cancellation of another query may have come too late for that one. Without any,
+            # PostgreSQL's statement_timeout was over.
+            may_retry = cancelled not in (None, query)
+        error = errors.error_of(statement.name, outcome)
+        if may_retry:
+            self.retry(query, error, conflict=isinstance(outcome, errors.CONFLICTS))
+        else:
+            query.settle(error)
+
+    def give_back(self, pipeline: Pipeline, error: Exception | None) -> None:
+        """Sends again what has had no answer, by other pipelines, or fails it."""
+        is_refused = isinstance(error, postgres.ReadOnlySqlTransaction)  # the first of them
+        for query in pipeline.sent:
+            self.queue.ended(query, pipeline, quickly=False)
+            lost = Unavailable("connection lost")
+            if query.statement.reads_only or is_refused or isinstance(error, errors.SHUTDOWN):
+                self.retry(query, lost)
+            else:  # a write that may have been executed already
+                query.settle(lost)
+            is_refused = False
 
     def retry(self, query: Query, error: Exception, conflict: bool = False) -> None:
         """Queues a query for another attempt, or gives it its error after too many."""
         if query.attempts >= (MAX_CONFLICTS if conflict else MAX_ATTEMPTS):
-            return query.fail(error)
-        query.attempts, query.cancelled_at = query.attempts + 1, 0.0
+            return query.settle(error)
+        query.attempts += 1
         if conflict:  # at once it would meet the same transaction again
             pause = PAUSE * 2 ** (query.attempts - 1) * random.random()  # noqa: S311  # no secret
             asyncio.get_running_loop().call_later(pause, self.put, query)
         else:
             self.put(query)
-
-
-def expire(query: Query) -> None:
-    query.fail(Unavailable("no answer in time"))

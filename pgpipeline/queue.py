@@ -1,7 +1,8 @@
 """The queue: which of the queries that wait is sent next. README.md has the four rules.
 
 A tenant is whoever shares the pool with others, for instance a user of a web service. What one
-tenant sends must not decide how long another one waits.
+tenant sends must not decide how long another one waits. Rule 1 is start-time fair queueing: each
+query gets a place as it comes, those of one tenant STEP apart, and the lowest place is next.
 """
 
 import asyncio
@@ -44,12 +45,15 @@ class Query:
     place: int = 0  # among all queries, those with the lowest first
     attempts: int = 1
     sent_by_name: bytes = b""  # of the prepared statement
-    cancelled_at: float = 0.0  # on the clock of time.monotonic()
 
-    def fail(self, error: Exception) -> None:
-        """Gives it its error, unless it has failed before or its caller has left."""
-        if not self.result.done():
-            self.result.set_exception(error)
+    def settle(self, outcome: Result | Exception) -> None:
+        """Gives the caller its result or its error, unless it has failed before or has left."""
+        if self.result.done():
+            return
+        if isinstance(outcome, Exception):
+            self.result.set_exception(outcome)
+        else:
+            self.result.set_result(outcome)
 
 
 place_of = attrgetter("place")
@@ -64,7 +68,6 @@ class Queue:
         self.waiting: set[Query] = set()
         self.heads: list[Query] = []  # the first query of each line, sorted by place
         self.slow: dict[Tenant, float] = {}  # until when, on the clock of time.monotonic()
-        self.is_alone = False  # whether there is one pipeline only, now: dispatch() says so
         self.next_place = 0  # of a tenant without queries; never before one that was sent
 
     # Queries that come, and queries that leave without having been sent...
@@ -72,19 +75,19 @@ class Queue:
     def append(self, query: Query) -> None:
         """Adds a query to its tenant's line. When the queue is full, the longest line gives way."""
         name = query.tenant_name
-        tenant = query.tenant = self.tenants.setdefault(name, Tenant(name))
+        tenant = self.tenants.get(name) or self.tenants.setdefault(name, Tenant(name))
+        query.tenant, line = tenant, tenant.line
         if query.attempts == 1:  # one that is sent again keeps its place
             # Places of queries never sent do not count: their callers have left.
-            last = max(tenant.last_place, tenant.line[-1].place if tenant.line else -STEP)
+            last = max(tenant.last_place, line[-1].place if line else -STEP)
             query.place = max(self.next_place, last + STEP)
             if query.place == self.next_place:  # a burst takes no places away from others
                 self.next_place += 1
         self.waiting.add(query)
-        if tenant.line and query.place < tenant.line[0].place:
-            self.heads.remove(tenant.line[0])
-        insort(tenant.line, query, key=place_of)
-        if query is tenant.line[0]:
-            insort(self.heads, query, key=place_of)
+        if line:
+            self.heads.remove(line[0])
+        insort(line, query, key=place_of)
+        insort(self.heads, line[0], key=place_of)
         if len(self.waiting) > MAX_QUEUE:
             self.shed()
 
@@ -93,17 +96,16 @@ class Queue:
         lines = (tenant.line for tenant in self.tenants.values() if tenant.line)
         query = max(lines, key=lambda line: (len(line), line[-1].place))[-1]
         self.remove(query)
-        query.fail(Unavailable("the queue is full"))
+        query.settle(Unavailable("the queue is full"))
 
     def remove(self, query: Query) -> None:
         """Takes a query that waits out of its line."""
-        line, head = query.tenant.line, query.tenant.line[0]
+        line = query.tenant.line
         self.waiting.remove(query)
+        self.heads.remove(line[0])
         line.remove(query)
-        if query is head:
-            self.heads.remove(query)
-            if line:
-                insort(self.heads, line[0], key=place_of)
+        if line:
+            insort(self.heads, line[0], key=place_of)
         self.forget(query.tenant)
 
     def forget(self, tenant: Tenant) -> None:
@@ -115,7 +117,7 @@ class Queue:
 
     def take(self, pipeline: Hashable) -> Query | None:
         """Takes the next query that may go to a pipeline, or None."""
-        query = self.find(pipeline)
+        query = self.find(pipeline, self.slow_pipelines())
         if query:
             tenant = query.tenant
             tenant.under_way.append(pipeline)
@@ -124,9 +126,8 @@ class Queue:
             self.next_place = max(self.next_place, query.place)
         return query
 
-    def find(self, pipeline: Hashable) -> Query | None:
-        """The next query that may go to a pipeline."""
-        used = self.slow_pipelines()
+    def find(self, pipeline: Hashable, used: set[Hashable]) -> Query | None:
+        """The next query that may go to a pipeline. Slow tenants use some pipelines."""
         for query in self.heads:
             if self.may_send(query.tenant, pipeline, used):
                 return query
@@ -138,7 +139,7 @@ class Queue:
             are_all_slow = len(self.slow) == len(self.tenants)
             most = max(self.size - 1, 1) if are_all_slow else 1
             return not tenant.under_way and pipeline not in used and len(used) < most
-        if pipeline in used and not self.is_alone:
+        if pipeline in used:
             return False
         if not tenant.under_way:
             return True
@@ -167,8 +168,14 @@ class Queue:
         """Notes that a query of a tenant is slow."""
         self.slow[tenant] = monotonic() + SLOW_MEMORY
 
-    def forget_slow(self) -> None:
+    def forget_slow(self, now: float) -> None:
         """Lets tenants whose SLOW_MEMORY is over count as quick again."""
-        for tenant in [tenant for tenant, until in self.slow.items() if until <= monotonic()]:
+        for tenant in [tenant for tenant, until in self.slow.items() if until <= now]:
             del self.slow[tenant]
             self.forget(tenant)
+
+    def is_held_up(self, pipeline: Hashable) -> bool:
+        """Whether a slow query keeps tenants waiting who have nothing under way."""
+        others = self.slow_pipelines() - {pipeline}
+        idle = (query.tenant for query in self.heads if not query.tenant.under_way)
+        return any(self.may_send(tenant, pipeline, others) for tenant in idle)

@@ -17,6 +17,7 @@ from psycopg.pq import ConnStatus
 from pgpipeline import ConnectionPool, PipelinePool, Result, Statement, Unavailable, UnexpectedError
 from pgpipeline.connection import Connection
 from pgpipeline.pipeline import Pipeline, State
+from pgpipeline.protocol import Protocol
 from pgpipeline.queue import Query
 from pgpipeline.tests.conftest import OTHERS, Proxy, ask, pool_of, start, value
 
@@ -65,7 +66,8 @@ async def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
 ) -> None:
     query = await start(pool, SLOW_INSERT)
     [pipeline] = pool.pipelines
-    pipeline.is_cancelling = True  # as if the query before it had been cancelled too late
+    other = Query(Statement("OTHER", "SELECT 1"), [], "ann", query.get_loop().create_future())
+    pipeline.cancelled = other  # as if it had been cancelled too late
     value(table, END[how])
     assert (await query).rows == [(b"1",)]
     assert value(table, "SELECT count(*) FROM stored") == 1
@@ -118,6 +120,7 @@ async def test_an_answer_that_never_comes_is_a_lost_connection(pool: PipelinePoo
     missing.tenant.under_way.append(pipeline)
     assert (await query).rows == [(b"1",)]
     assert (await asyncio.wait_for(missing.result, 1)).rows == [(b"2",)]  # sent again: it reads
+    assert pipeline.connection.closed
 
 
 @pytest.mark.parametrize("under_way", [0, 1])
@@ -125,7 +128,7 @@ async def test_a_pipeline_that_is_cancelled_often_loses_neither_query_nor_connec
     pool: PipelinePool, under_way: int
 ) -> None:
     await ask(pool, "SELECT 1")
-    [(pipeline, task)] = pool.pipelines.items()
+    [pipeline], [task] = pool.pipelines, pool.tasks
     sql = "SELECT 1 FROM pg_sleep(0.5)"
     queries = [asyncio.create_task(ask(pool, sql)) for _ in range(under_way)]
     await asyncio.sleep(0.05 * under_way)
@@ -207,7 +210,7 @@ async def test_a_mistake_in_our_code_is_logged_with_its_traceback(
 ) -> None:
     await ask(pool, "SELECT 1")
     with monkeypatch.context() as broken:
-        broken.setattr(Pipeline, "handle", None)
+        broken.setattr(Protocol, "keep", None)
         with pytest.raises(Unavailable):
             await ask(pool, "INSERT INTO absent VALUES (1)")
     assert "TypeError: 'NoneType' object is not callable" in caplog.text
@@ -340,14 +343,14 @@ async def test_without_connections_queries_fail_by_the_deadline_and_nothing_spin
 async def test_after_a_pipeline_has_failed_queries_are_sent_by_another(
     pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve, failures = Pipeline.serve, iter([RuntimeError])
+    run, failures = Pipeline.run, iter([RuntimeError])
 
     async def fail_once(self: Pipeline) -> None:
         for failure in failures:
             raise failure
-        await serve(self)
+        await run(self)
 
-    monkeypatch.setattr(Pipeline, "serve", fail_once)
+    monkeypatch.setattr(Pipeline, "run", fail_once)
     assert (await ask(pool, "SELECT 1")).rows == [(b"1",)]
 
 
@@ -357,7 +360,7 @@ async def test_one_pipeline_at_a_time_waits_for_its_connection(database: str) ->
     for n in range(100):  # in many turns of the loop
         calls.append(asyncio.create_task(ask(pool, "SELECT 1", f"{n}")))
         await asyncio.sleep(0)
-    opened = len(pool.pipelines)
+    opened = len(pool.tasks)
     await connections.open()
     await asyncio.gather(*calls)
     await pool.close()
