@@ -17,7 +17,7 @@ from lib.problems import HTTPProblem
 
 MAX_COUNTERS = 50_000  # of a limit and level of networks: some 7 MB
 PATIENCE = 0.1  # seconds that a request waits for an answer of Redis
-CONNECT_TIMEOUT = 0.5  # seconds that it waits for a connection before
+CONNECT_TIMEOUT = 0.5  # seconds that it waits for a new connection before that
 MAX_FAILURES = 3  # of Redis in a row
 PAUSE = 5.0  # seconds between two questions from then on
 UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
@@ -46,7 +46,7 @@ def parse_limit(text: str) -> Limit:
 
 
 class RateLimiter:
-    """A window that is over is dropped as a whole."""
+    """Counts by name and key. The counters of a window that is over are dropped as a whole."""
 
     def __init__(self, storage_uri: str = "") -> None:
         self.windows: dict[str, tuple[float, dict[str, int]]] = {}  # by name: end, counters
@@ -59,15 +59,13 @@ class RateLimiter:
         self.failures = 0  # of Redis in a row
         self.retry_at = 0.0  # by monotonic(): when one request asks, after MAX_FAILURES
 
-    async def hit(self, name: str, limit: Limit | None, *keys: str) -> None:
-        """Counts one for the first key. Raises HTTPProblem(429) above the limit, if there is one.
+    async def hit(self, name: str, limit: Limit, *keys: str) -> None:
+        """Counts one for the first key. Raises HTTPProblem(429) above the limit.
 
         Further keys are coarser, such as an address's networks: each counts where there is no room
         for those before it. So whoever invents keys shares a limit. Where the last finds none, it
         shares one of MAX_COUNTERS, and a first hit may be refused.
         """
-        if limit is None:
-            return
         wait = await self.ask(name, limit, keys[0]) if self.redis else None
         if wait is None:
             wait = self.count(name, limit, keys)
@@ -88,7 +86,7 @@ class RateLimiter:
         for level, key in enumerate(keys, 1):
             if key in counters or len(counters) < level * MAX_COUNTERS:
                 break
-        else:
+        else:  # there is no room at any level
             key = f"shared {hash(keys[-1]) % MAX_COUNTERS}"
         counters[key] = counters.get(key, 0) + 1
         return ends - now if counters[key] > limit.amount else 0.0

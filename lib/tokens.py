@@ -14,6 +14,9 @@ import jwt
 from lib.jwks import KeySet
 from lib.problems import Unauthorized
 
+CLAIMS = ("exp", "nbf", "iat", "iss", "aud", "sub", "jti")  # PyJWT would take "1" for a time
+OPTIONS: Any = {f"verify_{name}": False for name in CLAIMS}
+OPTIONS["enforce_minimum_key_length"] = True  # of RSA 2048 bits: RFC 7518 section 3.3
 COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
 
 
@@ -97,8 +100,5 @@ class TokenVerifier:
 
 
 def decode(token: str, alg: str, key: Any) -> dict[str, Any]:
-    """Verifies the signature. PyJWT would take "1" for a time, so it judges no claim."""
-    claims = ("exp", "nbf", "iat", "iss", "aud", "sub", "jti")
-    options: Any = {f"verify_{name}": False for name in claims}
-    options["enforce_minimum_key_length"] = True  # of RSA 2048 bits: RFC 7518 section 3.3
-    return jwt.decode(token, key, [alg], options=options)
+    """The claims of a token that this key has signed. Raises jwt.PyJWTError."""
+    return jwt.decode(token, key, [alg], options=OPTIONS)
