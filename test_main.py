@@ -76,7 +76,7 @@ NOT_JSON = [
     b'{"title": "\xff"}',
     b"[" * 60_000,
 ]
-KINDS = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "nonsense"]
+KINDS = ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", "nonsense"]
 COMPRESSED = [*JSON.items(), ("Content-Encoding", "identity"), ("Content-Encoding", "gzip")]
 
 

@@ -34,7 +34,7 @@ def refuse_number(value: Any) -> Any:
 
 
 class Body(SQLModel):
-    """A JSON body. pydantic alone would take "1" for 1, "yes" for true, and 0 for 1970-01-01."""
+    """A JSON body. A plain SQLModel would take "1" for 1, "yes" for true and 0 for 1970-01-01."""
 
     __init__ = BaseModel.__init__  # SQLModel's, made for tables, takes 5 us more
     model_dump = BaseModel.model_dump  # and SQLModel's 2 us

@@ -78,7 +78,6 @@ def test_clients_that_do_not_read_hold_up_nobody_and_are_dropped(
     use_all_connections(api)
     before, process = memory(server), psutil.Process(server.process.pid)
     with deaf_clients(server, api) as ports, client(server) as other:
-        # A request that finds no slot waits 0.25 s until the limit gives way.
         assert statistics.median(timed(lambda: other.get("/tasks"))[1] for _ in range(20)) < 0.2
         assert memory(server) - before < 200  # each asks for two pages of a megabyte
 
