@@ -33,8 +33,8 @@ from lib.problems import RETRY, HTTPProblem
 LIFETIME = 600  # seconds that a key is FRESH, and that a fetch may take
 MAX_AGE = 2 * LIFETIME  # seconds until a set without a key replaces one with keys
 MIN_INTERVAL = 5  # seconds between the starts of two fetches
-TIMEOUT = 5  # seconds from the start of a fetch that a token without a key waits
-PATIENCE = 1  # seconds from there that a token with an OLD key waits
+TIMEOUT = 5  # seconds from the start of a fetch that a token waits if its key is UNKNOWN
+PATIENCE = 1  # seconds from there that it waits if its key is OLD
 MAX_SIZE = 262_144  # bytes of a key set
 MAX_TRIED = 10  # keys that a token is tried with
 SAME = {"Ed25519": "EdDSA", "ESP256": "ES256"}  # RFC 9864's names
