@@ -128,8 +128,8 @@ def values_of(lines: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     White space around a value is no part of it (section 5.5)."""
     values: dict[bytes, bytes] = {}
     for name, value in lines:
-        before = values[name] + b", " if name in values else b""
-        values[name] = before + value.strip(b" \t")
+        value = value.strip(b" \t")
+        values[name] = values[name] + b", " + value if name in values else value
     return values
 
 

@@ -44,7 +44,7 @@ class State(Enum):
 
 
 class Protocol(HttpToolsProtocol):
-    """A connection. The transport, the parser, uvicorn's server and its cycles call the methods."""
+    """A connection. The transport, the parser and uvicorn call its methods."""
 
     # With more than 30 attributes in its dictionary, a connection takes 1 KB more.
     __slots__ = ("refusal", "running", "size", "state", "timer", "write")
@@ -110,7 +110,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def is_closing(self) -> bool:
-        return self.state is State.ENDING  # so that uvicorn sends no 100 Continue any more
+        return self.state is State.ENDING  # so that uvicorn sends no 100 Continue
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -212,7 +212,7 @@ class Protocol(HttpToolsProtocol):
             return
         if self.pipeline:  # its body, which nobody counts yet, waits until it is asked for
             self.running, app = self.pipeline.pop()
-            self._start_asgi_task(self.running, app)
+            self._start_asgi_task(self.running, app)  # private in uvicorn
         elif self.refusal or self.cycle.more_body:  # the application has not read the body
             self.write(self.refusal)
             self.close()

@@ -2,8 +2,6 @@
 
 import asyncio
 import gc
-import socket
-import struct
 import weakref
 from unittest.mock import Mock
 
@@ -14,7 +12,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from conftest import wait_until
 from lib.middleware import RequestLog
 from lib.protocol import Protocol, State
 from lib.state import state_of
@@ -23,20 +20,15 @@ GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 UPGRADE = b"Connection: HTTP2-Settings, Upgrade\r\nUPGRADE: h2c\r\nHTTP2-Settings: AA\r\n"
 
 
-def protocol_of(app: ASGIApp) -> Protocol:
-    """The protocol of a connection to `app`."""
-    config = Config(app, http=Protocol, ws="none", timeout_keep_alive=75, log_config=None)
-    config.load()
-    return Protocol(config, ServerState(), {})
-
-
 def connected(app: ASGIApp) -> Protocol:
     """The protocol of a connection whose client is the test."""
-    protocol, transport = protocol_of(app), Mock()
+    config, transport = Config(app, http=Protocol, ws="none", log_config=None), Mock()
+    config.load()
     transport.get_extra_info("socket").getsockname.return_value = ("127.0.0.1", 8000)
     transport.get_extra_info("socket").getpeername.return_value = ("192.0.2.1", 50_000)
     transport.is_closing.return_value = False
     transport.get_write_buffer_size.return_value = 0
+    protocol = Protocol(config, ServerState(), {})
     protocol.connection_made(transport)
     return protocol
 
@@ -150,18 +142,13 @@ def test_a_client_that_does_not_read_is_known_whatever_is_behind_its_request() -
 
 def test_nothing_holds_a_connection_that_its_client_reset() -> None:
     async def story() -> None:
-        protocol, loop = protocol_of(PlainTextResponse("answer")), asyncio.get_running_loop()
-        async with await loop.create_server(lambda: protocol, "127.0.0.1", 0) as listener:
-            reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
-            writer.write(GET)
-            await reader.readuntil(b"answer")
-            timer = protocol.timer
-            assert timer and not timer.cancelled()
-            reset = struct.pack("ii", 1, 0)  # SO_LINGER of no seconds
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-            writer.close()
-            await asyncio.sleep(0.3)
-            assert timer.cancelled()
+        protocol = connected(PlainTextResponse("answer"))
+        protocol.data_received(GET)
+        await answered(protocol)
+        timer = protocol.timer
+        assert timer and not timer.cancelled()
+        protocol.connection_lost(ConnectionResetError())
+        assert timer.cancelled() and not protocol.connections
 
     asyncio.run(story())
 
@@ -169,32 +156,19 @@ def test_nothing_holds_a_connection_that_its_client_reset() -> None:
 def test_who_takes_nothing_of_a_response_that_was_broken_off_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(State.ENDING, "seconds", 1)
+    monkeypatch.setattr(State.ENDING, "seconds", 0.2)
 
     async def app(_: Scope, __: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200})
-        body = {"type": "http.response.body", "body": b"x" * 30_000, "more_body": True}
-        while not protocols[0].transport.get_write_buffer_size():
-            await send(body)
         raise ZeroDivisionError
 
-    protocols = list[Protocol]()
-
-    def connect() -> Protocol:
-        protocols.append(protocol_of(app))
-        return protocols[0]
-
-    def is_dropped() -> bool:
-        [each] = protocols
-        return each.transport.is_closing() and not each.connections
-
     async def story() -> None:
-        loop = asyncio.get_running_loop()
-        async with await loop.create_server(connect, "127.0.0.1", 0) as listener:
-            with socket.create_connection(listener.sockets[0].getsockname()) as deaf:
-                deaf.sendall(GET)
-                await asyncio.sleep(0.5)
-                assert not is_dropped()
-                await asyncio.to_thread(wait_until, is_dropped, 10)
+        protocol = connected(app)
+        transport: Mock = protocol.transport  # type: ignore[assignment]
+        protocol.data_received(GET)
+        await answered(protocol)
+        assert transport.close.called and not transport.abort.called
+        await asyncio.sleep(0.5)
+        assert transport.abort.called
 
     asyncio.run(story())
