@@ -7,21 +7,21 @@ from fastapi import FastAPI
 from lib.problems import HTTPProblem, Problem
 
 PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
-# What an operation may answer of which complete() finds all of these facts.
-STATUSES: list[tuple[set[str], set[int]]] = [
-    ({"key:requestBody"}, {400, 408, 413, 415, 422, 503}),
-    ({"key:security"}, {401, 429, 503}),
-    ({"param:If-Match"}, {412}),
-    ({"method:get", "param:If-None-Match"}, {304}),
-    ({"in:query"}, {422}),
-]
-# A header of its answers: the fact, the statuses (none: all), what it says. No bounds,
-# because some generators of clients fail on them.
+# What an operation may answer, by a fact about it: what it has, where a parameter comes, its name.
+STATUSES = {
+    "requestBody": [400, 408, 413, 415, 422, 503],
+    "security": [401, 429, 503],
+    "query": [422],
+    "If-Match": [412],
+    "get If-None-Match": [304],
+}
+# A header of its answers: the fact, the statuses (none: all), what it says. No bounds, because some
+# generators of clients fail on them.
 HEADERS: list[tuple[str, str, set[str], str]] = [
-    ("ETag", "param:If-None-Match", {"200", "304"}, "The version, for If-Match."),
-    ("ETag", "param:Idempotency-Key", {"201"}, "The version, for If-Match."),
-    ("Link", "param:limit", {"200"}, 'While more follow, `</path?query>; rel="next"`.'),
-    ("Location", "param:Idempotency-Key", {"201"}, "The path of what was stored."),
+    ("ETag", "If-None-Match", {"200", "304"}, "The version, for If-Match."),
+    ("ETag", "Idempotency-Key", {"201"}, "The version, for If-Match."),
+    ("Link", "limit", {"200"}, 'While more follow, `</path?query>; rel="next"`.'),
+    ("Location", "Idempotency-Key", {"201"}, "The path of what was stored."),
     ("WWW-Authenticate", "", {"401"}, "What was wrong with the token (RFC 6750)."),
     ("Retry-After", "", {"429", "503"}, "Seconds to wait."),
     ("X-Request-ID", "", set(), "The request in the log."),
@@ -60,21 +60,21 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
     """Adds what FastAPI cannot know."""
     for item in document["paths"].values():
         for method, operation in item.items():
-            facts = {"", f"method:{method}"} | {f"key:{key}" for key in operation}
-            for each in operation.get("parameters", ()):
-                facts |= {f"param:{each['name']}", f"in:{each['in']}"}
-            complete_operation(operation, facts)
+            complete_operation(method, operation)
     return document
 
 
-def complete_operation(operation: dict[str, Any], facts: set[str]) -> None:
+def complete_operation(method: str, operation: dict[str, Any]) -> None:
+    facts = {"", *operation}
+    for each in operation.get("parameters", ()):
+        facts |= {each["in"], each["name"], f"{method} {each['name']}"}
     for content in operation.get("requestBody", {}).get("content", {}).values():
         # A body that may be left out: generators of clients fail on "or null" here.
         kinds = [each for each in content["schema"].get("anyOf", ()) if each != {"type": "null"}]
         content["schema"] = kinds[0] if len(kinds) == 1 else content["schema"]
     operation.setdefault("security", [{}])  # linters want it
     answers = operation["responses"]
-    for status in sorted({each for needed, more in STATUSES if needed <= facts for each in more}):
+    for status in sorted({each for fact in facts for each in STATUSES.get(fact, ())}):
         answers.setdefault(str(status), errors(HTTPProblem(status))[status])
     answers.get("304", {}).pop("content", None)  # RFC 9110 section 15.4.5
     for others in ("4XX", "5XX"):

@@ -89,7 +89,7 @@ class Unauthorized(HTTPProblem):
     def challenge(self, realm: str) -> str:
         """WWW-Authenticate (RFC 6750 section 3): without an error where no token came."""
         text = f'Bearer realm="{realm}"'
-        if "token" in self.code:  # as in each code for a token
+        if "token" in self.code:  # invalid_token, token_expired, token_not_jwt
             text += ', error="invalid_token"'
         return text + (f', error_description="{self.description}"' if self.description else "")
 

@@ -35,7 +35,7 @@ from lib.state import state_of
 
 log = logging.getLogger(__name__)
 JSON_TYPE = re.compile(rb"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
-# Types of a parameter that comes once. A Literal does too.
+# Types of parameters that come once, as a Literal does. A list would need all values of a name.
 SINGLE = {kind | None for kind in (bool, int, float, str, UUID, date, datetime)}
 HEADERS: dict[str, bytes] = {}  # that some Call takes: the name as declared, and as sent
 # A function, the results that it needs, and the validators of what comes with the head of a
@@ -62,9 +62,8 @@ class PreparedRoutes:
                 for method in route.methods or ():
                     self.routes.setdefault(method, []).append((route, calls))
         elif not (scope["root_path"] or app.dependency_overrides or "fastapi.telemetry" in scope):
-            for route, calls in self.routes.get(
-                scope.get("method", ""), ()
-            ):  # a WebSocket has none
+            # A WebSocket has no method.
+            for route, calls in self.routes.get(scope.get("method", ""), ()):
                 if found := route.path_regex.match(scope["path"]):
                     scope["route"], scope["path_params"] = route, found.groupdict()
                     if calls:
@@ -116,7 +115,7 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 def prepare(route: Any) -> list[Call]:
-    """The Calls of a route that is annotated to return a Response. None if FastAPI serves it."""
+    """The Calls of a route that is annotated to return a Response, or [] if FastAPI serves it."""
     calls: dict[Any, Call] = {}  # by function
     try:
         if type(route) is not APIRoute or ":" in route.path or route.max_body_size:  # ":" converts
@@ -126,7 +125,7 @@ def prepare(route: Any) -> list[Call]:
             return []
         if signature(route.endpoint, eval_str=True).return_annotation is Response:
             add(calls, route.dependant)
-    except Exception as error:  # an unknown form or FastAPI may not stop the start
+    except Exception as error:  # neither another form nor another FastAPI may stop the start
         log.info("FastAPI serves %s, which takes twice the time: %r", route, error)
         return []
     return list(calls.values())

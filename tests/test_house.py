@@ -133,7 +133,7 @@ def with_field() -> str:
 
 SIZES = [  # the most lines, and the most bytes in UTF-8
     ("the front with CONTRIBUTING's field", with_field, 1_060, 46_080),
-    ("lib/", partial(text_of, *LIB), 2_738, 124_442),
+    ("lib/", partial(text_of, *LIB), 2_737, 124_330),
     ("pgpipeline/", partial(text_of, *PGPIPELINE), 1_003, 44_900),
 ]
 
