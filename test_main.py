@@ -263,23 +263,13 @@ def test_pages_neither_repeat_nor_skip_when_tasks_come_and_go(api: Client, ten: 
     assert api.get(first.links["next"]["url"]).json() == ten[5:]
 
 
-@pytest.fixture
-def large(api: Client) -> None:
-    """Forty tasks of 30 KB as JSON: more than a page holds."""
-    for _ in range(40):
+def test_a_page_by_number_that_would_be_cut_is_422(api: Client) -> None:
+    for _ in range(40):  # more than a page holds: 30 KB each as JSON
         api.post("/tasks", json={"title": "x", "description": "\x01" * 5000}).raise_for_status()
-
-
-@parametrize("query", ["page=1", "offset=0", "skip=1", "page=1&limit=40"])
-def test_a_page_by_number_that_would_be_cut_is_422(api: Client, large: None, query: str) -> None:
-    problem = refusal(api.get("/tasks?" + query), 422, "page_too_large")
-    assert "ask for a smaller limit, or page by after" in problem["detail"]
-
-
-def test_pages_by_number_that_hold_their_tasks_lose_none(api: Client, large: None) -> None:
-    pages = [api.get("/tasks", params={"page": n, "limit": 20}).json() for n in (1, 2)]
-    assert len({task["id"] for page in pages for task in page}) == 40
-    assert "next" in api.get("/tasks").links
+    for query in ("page=1", "offset=0", "skip=1", "page=1&limit=40"):
+        problem = refusal(api.get("/tasks?" + query), 422, "page_too_large")
+        assert "ask for a smaller limit, or page by after" in problem["detail"]
+    assert len(api.get("/tasks?page=2&limit=20").json()) == 20
 
 
 DONE = ["completed", "done"]
@@ -397,9 +387,7 @@ UNKNOWN_PATHS = ["/nothing", "/api", "/api/v2/x", "/tasks/a/b/c", "/api/auth", "
 UNKNOWN_PATHS += ["/tasks%0a", "/tasks%0A/", "/tasks%2f" + NOBODYS_ID, "/api/users", "/users/me/x"]
 
 
-@parametrize(
-    "user", ["auth0|1f3a", "task", "tasks", "todo", "todos"]
-)  # the last are names of /tasks
+@parametrize("user", ["auth0|1f3a", "task", "todos"])  # the last two are names of /tasks
 def test_the_path_user_is_the_tokens_own_or_me(server: Server, user: str) -> None:
     with client(server, user) as api:
         task = api.post(f"/api/{user}/tasks", json={"title": "x"}).json()
@@ -651,7 +639,7 @@ def test_a_refused_preflight_names_the_setting(request: pytest.FixtureRequest, n
     asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "GET"}
     server: Server = request.getfixturevalue(name)
     response = httpx.options(server.url + "/tasks", headers=asked, verify=False)
-    assert "CORS_ORIGINS" in last_line(server, response)["reason"]
+    assert "CORS_ORIGINS" in line_of(server, response)["reason"]
     problem = refusal(response, 400, "origin_not_allowed")
     assert "CORS_ORIGINS" in problem["detail"]
 
@@ -689,11 +677,6 @@ LATER = 9999999999
 CLAIMS = {"sub": "u", "exp": LATER}
 BAD_TOKENS: dict[str, Callable[[], str]] = {
     "expired": lambda: token("u", exp=int(time.time()) - 1),
-    "exp as true": lambda: token("u", exp=True),
-    "exp infinite": lambda: token("u", exp=float("inf")),
-    "sub empty": lambda: token(""),
-    "sub NUL": lambda: token("a\0b"),
-    "sub a line break": lambda: token("a\nb"),
     "sub a lone surrogate": lambda: token("\ud800"),
     "another secret": lambda: jwt.encode(CLAIMS, "another secret of 32 bytes or more", "HS256"),
     "HS512": lambda: jwt.encode(CLAIMS, SECRET * 2, "HS512"),
@@ -1203,16 +1186,23 @@ def test_however_many_ask_whether_it_is_ready_the_database_is_asked_once_in_5_se
         assert connection.execute(asked, [db.PING.text.decode(), begun]).rowcount == 0
 
 
-def test_a_request_is_one_line_of_json(server: Server) -> None:
-    id = uuid.uuid4().hex
-    with client(server, 'quo"ted', **{"X-Request-ID": id}) as api:
-        api.get("/api/me/tasks/" + NOBODYS_ID)
+def line_of(server: Server, response: Response) -> dict[str, Any]:
+    """The only log line of the request that the response answers."""
+    id = response.headers["x-request-id"]
     wait_until(lambda: id in server.output.read_text())
     [line] = [line for line in server.log() if line.get("request_id") == id]
+    return line
+
+
+def test_a_request_is_one_line_of_json(server: Server) -> None:
+    with client(server, 'quo"ted') as api:
+        response = api.get("/api/me/tasks/" + NOBODYS_ID)
+    line = line_of(server, response)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", line.pop("time"))
     assert line.pop("duration_ms") > 0
     assert line == {
-        "level": "INFO", "message": "request", "request_id": id, "method": "GET", "status": 404,
+        "level": "INFO", "message": "request", "method": "GET", "status": 404,
+        "request_id": response.headers["x-request-id"],
         "route": "/api/{user_id}/tasks/{task_id}", "user_id": 'quo"ted',
         "client": "127.0.0.1",
     }  # fmt: skip
@@ -1234,12 +1224,9 @@ def test_nothing_secret_is_logged(server: Server, database: str, account: Accoun
 # Start and stop.
 
 WRONG_SETTINGS: list[tuple[dict[str, str], str]] = [
-    ({"DATABASE_URL": ""}, "DATABASE_URL"),
     ({"DATABASE_URL": "nonsense hunter2"}, "DATABASE_URL"),
     ({"JWT_SECRET": ""}, "JWT_SECRET"),
-    ({"JWT_SECRET": "hunter2"}, "JWT_SECRET"),
     ({"ACCOUNTS": "on", "JWT_SECRET": "", "BETTER_AUTH_SECRET": SECRET}, "ACCOUNTS"),
-    ({"CORS_ORIGINS": "https://app.example/"}, "CORS_ORIGINS"),
 ]
 
 
@@ -1268,13 +1255,6 @@ def test_ids_rise_with_time_to_the_microsecond(database: str) -> None:
     assert abs(times[0] - now) < 30
     assert len(set(ids)) == 1000
     assert {(id.version, id.variant) for id in ids} == {(7, uuid.RFC_4122)}
-
-
-def last_line(server: Server, response: Response) -> dict[str, Any]:
-    """The log line of the request that the response answers."""
-    id = response.headers["x-request-id"]
-    wait_until(lambda: [line for line in server.log() if line.get("request_id") == id])
-    return [line for line in server.log() if line.get("request_id") == id][-1]
 
 
 TOLD = [
@@ -1307,7 +1287,7 @@ def test_a_token_that_is_well_signed_is_told_which_claim_is_wrong(
     assert response.status_code == 401
     assert words in response.headers["www-authenticate"]
     assert words in response.json()["errors"][0]["msg"]
-    assert words in last_line(federated, response)["reason"]
+    assert words in line_of(federated, response)["reason"]
     assert "other" not in response.headers["www-authenticate"].replace("another", "")
 
 
@@ -1319,7 +1299,7 @@ def test_a_token_that_is_not_well_signed_is_told_nothing(
     response = get(federated.url + "/tasks", headers=bearer(forged))
     assert response.headers["www-authenticate"] == 'Bearer realm="todo", error="invalid_token"'
     assert "errors" not in response.json()
-    assert last_line(federated, response)["reason"] == "Signature verification failed"
+    assert line_of(federated, response)["reason"] == "Signature verification failed"
 
 
 def test_every_401_and_403_is_logged_with_a_reason(server: Server, api: Client) -> None:
@@ -1331,7 +1311,7 @@ def test_every_401_and_403_is_logged_with_a_reason(server: Server, api: Client) 
     ]
     refused += [get(server.url + "/tasks", headers=headers) for headers in bad]
     assert {response.status_code for response in refused} == {401, 403}
-    reasons = [last_line(server, response)["reason"] for response in refused]
+    reasons = [line_of(server, response)["reason"] for response in refused]
     assert all(reason not in ("", "invalid_token") for reason in reasons)
 
 
