@@ -175,15 +175,8 @@ def environment(database: str, **settings: str) -> dict[str, str]:
 
 
 def uvicorn(port: int) -> list[str]:
-    """The command that starts the service on the port."""
-    return ["env", f"PORT={port}", sys.executable, "-m", "lib.serve", "main:app"]
-
-
-def procfile(port: int) -> list[str]:
     """The command of the Procfile, on loopback only."""
-    line = (HERE / "Procfile").read_text().removeprefix("web: ")
-    command = "exec " + line.replace("--host 0.0.0.0", "--host 127.0.0.1")
-    return ["env", f"PORT={port}", f"PATH={PATH}", "sh", "-c", command]
+    return ["env", f"PORT={port}", sys.executable, "-m", "lib.serve", "main:app"]
 
 
 @contextmanager

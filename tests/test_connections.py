@@ -6,13 +6,14 @@ The tests that are marked slow take 6 to 20 seconds each.
 import asyncio
 import os
 import re
+import shutil
 import socket
 import subprocess
 import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from unittest.mock import Mock
 
 import psycopg
 import pytest
@@ -42,12 +43,6 @@ from lib import serve
 from lib.readers import Readers
 
 parametrize = pytest.mark.parametrize
-needs_wrk = pytest.mark.skipif(
-    subprocess.run(["which", "wrk"], stdout=subprocess.DEVNULL).returncode != 0,
-    reason="wrk is not installed",
-)
-
-
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 LAST = HEALTH + b"Connection: close\r\n\r\n"
 
@@ -124,42 +119,24 @@ def test_what_is_no_http_is_refused_after_the_answer_before_it(
 # Readers.
 
 
-def page_of_a_megabyte(api: Client) -> bytes:
-    """A request for it."""
-    for _ in range(200):
-        api.post("/tasks", json={"title": "x", "description": "x" * 5000})
-    sent = f"Authorization: {api.headers['Authorization']}\r\n".encode()
-    return b"GET /tasks HTTP/1.1\r\nHost: x\r\n" + sent + b"\r\n"
-
-
 def test_the_kernel_holds_little_of_a_page_that_is_not_read(server: Server, api: Client) -> None:
+    for _ in range(200):  # a megabyte
+        api.post("/tasks", json={"title": "x", "description": "x" * 5000})
     with connect(server) as deaf:
-        deaf.sendall(page_of_a_megabyte(api))
+        deaf.sendall(request_bytes(b"GET /tasks", api.headers["Authorization"].encode(), b""))
         time.sleep(1)
         ports = f":{server.port:04X} 0100007F:{deaf.getsockname()[1]:04X} "
         [line] = [each for each in Path("/proc/net/tcp").read_text().splitlines() if ports in each]
         assert 0 < int(line.split()[4].split(":")[0], 16) < 300_000  # tx_queue; 900,000 without
 
 
-class Transport:
-    def __init__(self, size: int) -> None:
-        self.size, self.aborted = size, False
-
-    def get_write_buffer_size(self) -> int:
-        return self.size
-
-    def abort(self) -> None:
-        self.aborted = True
-
-
 def test_beyond_32_mb_unread_the_client_that_holds_most_loses_its_oldest_connection() -> None:
-    readers, victim = Readers(), cast(Any, Transport(900_000))
-    readers.add(victim, "victim")
-    greedy: list[Any] = [Transport(1_000_000) for _ in range(40)]
-    for each in greedy:
-        readers.add(each, "greedy")
-    assert [each.aborted for each in greedy] == [True] * 9 + [False] * 31
-    assert not victim.aborted
+    readers, victim, greedy = Readers(), Mock(), [Mock() for _ in range(40)]
+    for each in (victim, *greedy):
+        each.get_write_buffer_size.return_value = 900_000 if each is victim else 1_000_000
+        readers.add(each, "victim" if each is victim else "greedy")
+    assert [each.abort.called for each in greedy] == [True] * 9 + [False] * 31
+    assert not victim.abort.called
 
 
 # Bodies.
@@ -316,7 +293,7 @@ def test_a_burst_of_200_connections_is_accepted_in_6_turns_of_the_loop() -> None
     assert uvloop.run(story()) <= 6  # 5, and 201 with one socket
 
 
-@needs_wrk
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
 @pytest.mark.slow
 def test_a_newcomer_is_answered_within_a_second_while_1000_clients_load_the_service(
     database: str, tmp_path: Path

@@ -32,7 +32,6 @@ from conftest import (
     execute,
     free_port,
     get,
-    procfile,
     request_bytes,
     serving,
     started,
@@ -311,7 +310,7 @@ def test_sigterm_lets_requests_finish_and_ends_within_ten_seconds(
     database: Database, tmp_path: Path
 ) -> None:
     with (
-        serving(database.url, tmp_path / "log", procfile) as server,
+        serving(database.url, tmp_path / "log") as server,
         client(server) as api,
         ThreadPoolExecutor(1) as pool,
         connect(server) as idle,

@@ -12,6 +12,7 @@ import pytest
 from httpx import Client
 
 from conftest import (
+    HERE,
     Server,
     client,
     connect,
@@ -74,23 +75,27 @@ def test_a_thousand_connections_take_101_mb_and_13_more_while_requests_wait(
 
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
 def test_memory_stays_where_it_is_over_200_000_requests(database: str, tmp_path: Path) -> None:
-    script = tmp_path / "mixed.lua"
+    mixed, sent = tmp_path / "mixed", token("soak")
     with serving(database, tmp_path / "log") as server, client(server, "soak") as api:
         id = api.post("/tasks", json={"title": "x"}).json()["id"]
-        script.write_text(
-            f'wrk.headers["Authorization"] = "{api.headers["Authorization"]}"\n'
-            'wrk.headers["Content-Type"] = "application/json"\n'
-            "local n = 0\nrequest = function()\n n = n + 1\n"
-            f' if n % 4 == 0 then return wrk.format("PATCH", "/tasks/{id}/toggle") end\n'
-            f' if n % 4 == 1 then return wrk.format("GET", "/tasks/{id}") end\n'
-            ' if n % 40 == 2 then return wrk.format("POST", "/tasks", nil, [[{"title":"x"}]]) end\n'
-            ' if n % 40 == 3 then return wrk.format("POST", "/tasks", nil, "{") end\n'
-            ' return wrk.format("GET", "/tasks?limit=20") end\n'
-        )
+        lines = [f"PATCH /tasks/{id}/toggle {sent}", f"GET /tasks/{id} {sent}"] * 10
+        lines += [f"GET /tasks?limit=20 {sent}"] * 18
+        lines += [f"POST /tasks {sent} {body}" for body in ('{"title": "x"}', "{")]
+        mixed.write_text("\n".join(lines))
         served, after_a_tenth = 0, 0.0
         while served < 200_000:
-            command = ["wrk", "-t1", "-c64", "-d5s", "-s", str(script), server.url]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            command = [
+                "wrk",
+                "-t1",
+                "-c64",
+                "-d5s",
+                "-s",
+                "bench/wrk.lua",
+                server.url,
+                "--",
+                str(mixed),
+            ]
+            output = subprocess.check_output(command, cwd=HERE, text=True)
             served += int(re.findall(r"(\d+) requests in", output)[0])
             if not after_a_tenth and served >= 20_000:
                 after_a_tenth = memory(server)
