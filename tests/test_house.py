@@ -14,6 +14,7 @@ from httpx import Client
 
 from conftest import HERE, SETTINGS, documented_routes, service_files
 from tests.test_change import FIELD, changed_text, places
+from tests.test_packaging import imports
 
 parametrize = pytest.mark.parametrize
 
@@ -72,22 +73,6 @@ def statements(name: str) -> list[int]:
     """The lines of the file on which an SQL statement begins."""
     constants = [node for node in ast.walk(ast.parse(text_of(name))) if type(node) is ast.Constant]
     return [node.lineno for node in constants if re.match(SQL, str(node.value))]
-
-
-def imports(name: str) -> set[str]:
-    """The modules that the file imports, each name with what is imported from it as well."""
-    found, parts = set(), list[ast.AST]([ast.parse(text_of(name))])
-    while parts:
-        node = parts.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue  # nothing is imported when it runs
-        parts += ast.iter_child_nodes(node)
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            found |= {module, *[f"{module}.{alias.name}" for alias in node.names]}
-    return found
 
 
 def test_no_line_of_schema_sql_is_over_100_characters() -> None:  # ruff looks at Python's

@@ -84,18 +84,8 @@ def test_memory_stays_where_it_is_over_200_000_requests(database: str, tmp_path:
         mixed.write_text("\n".join(lines))
         served, after_a_tenth = 0, 0.0
         while served < 200_000:
-            command = [
-                "wrk",
-                "-t1",
-                "-c64",
-                "-d5s",
-                "-s",
-                "bench/wrk.lua",
-                server.url,
-                "--",
-                str(mixed),
-            ]
-            output = subprocess.check_output(command, cwd=HERE, text=True)
+            options = ["-t1", "-c64", "-d5s", "-s", "bench/wrk.lua", server.url, "--", str(mixed)]
+            output = subprocess.check_output(["wrk", *options], cwd=HERE, text=True)
             served += int(re.findall(r"(\d+) requests in", output)[0])
             if not after_a_tenth and served >= 20_000:
                 after_a_tenth = memory(server)

