@@ -28,7 +28,8 @@ The start, and documents:
     settings     settings from the environment and .env
     startup      the lifespan of the process
     database_url DATABASE_URL as people have it
-    prepare      the schema, and a look at statements and privileges
+    prepare      applies the schema, in attempts until a deadline
+    checks       what the start refuses in a database
     connect_errors which errors of a connection waiting cures
     openapi      completes FastAPI's document
     pages        Swagger UI and ReDoc without a CDN
