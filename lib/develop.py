@@ -31,8 +31,8 @@ from lib import serve as server
 
 FOLDER = Path(__file__).resolve().parent.parent  # of the service
 DATA = FOLDER / ".data"
-HOSTS, PORTS = ("localhost", "127.0.0.1"), (3000, 5173)  # of Next.js and Vite
-ORIGINS = [f"http://{host}:{port}" for host in HOSTS for port in PORTS]
+PORTS = (3000, 5173)  # of Next.js and Vite
+ORIGINS = [f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in PORTS]
 
 
 def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
@@ -49,11 +49,10 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
         listener = stack.enter_context(listen(server.Settings.load().port))
         try:
             if database:
-                os.environ.pop("PGHOSTADDR", None)  # libpq prefers it to a socket
                 os.environ["DATABASE_URL"] = stack.enter_context(postgres(DATA))
             if secret:
                 os.environ["JWT_SECRET"] = keep_secret(DATA / "secret")
-        except OSError as error:
+        except (OSError, SubprocessError) as error:
             sys.exit(f"{error}. Make it writable, or set DATABASE_URL and JWT_SECRET")
         print(f"\nDocs:  http://127.0.0.1:{listener.getsockname()[1]}/docs")
         if origins:
@@ -102,9 +101,9 @@ def serve(app: str, fd: str, parent: str, *reload: str) -> None:
 @contextmanager
 def postgres(home: Path) -> Iterator[str]:
     """Runs PostgreSQL with its data in `home`, and gives its connection string.
-
-    Raises OSError where `home` cannot be written, and SystemExit with a line in any other case.
-    """
+    Raises OSError or SubprocessError where `home` cannot be written, and else SystemExit."""
+    for name in [each for each in os.environ if each.startswith("PG")]:
+        del os.environ[name]  # libpq's, and about another server
     home.mkdir(exist_ok=True)
     data, log = home / "postgres", home / "postgres.log"
     # The kernel releases a lock however its process ends. A socket's path has up to 107 bytes.
@@ -127,7 +126,7 @@ def postgres(home: Path) -> Iterator[str]:
                     if process.poll() is not None:
                         sys.exit(f"PostgreSQL does not start: {log} says why")
                     time.sleep(0.05)
-                yield f"user=postgres dbname=postgres host='{sockets}'"
+                yield f"user=postgres host='{sockets}'"
             finally:
                 process.send_signal(signal.SIGINT)  # a fast shutdown
 
@@ -158,10 +157,7 @@ def install(data: Path) -> Path:
     if not data.exists():
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed in its initdb
         new.mkdir()
-        try:
-            maker.ensure_pgdata_inited()
-        except SubprocessError as error:
-            sys.exit(f"PostgreSQL does not start: {error}")
+        maker.ensure_pgdata_inited()
         new.rename(data)
     return maker.bin_path
 

@@ -17,8 +17,6 @@ from fastapi import FastAPI
 from lib import logs
 from lib.connect_errors import NotReady
 
-log = logging.getLogger("startup")
-
 
 def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]]) -> Any:
     """A lifespan for FastAPI that starts a service, and stops it even if its start or use fails."""
@@ -41,7 +39,7 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
         except NotReady as error:
             if not is_main:
                 raise
-            log.critical("%s", error)
+            logging.getLogger("startup").critical("%s", error)
             end(1)  # uvicorn would write a traceback
 
     return run
@@ -50,13 +48,12 @@ def lifespan(start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """A signal ends the process at once: uvicorn's handlers would wait for the start."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers: Any = {each: signal.signal(each, lambda *_: end(0)) for each in signals}
+    handlers = {n: signal.signal(n, lambda *_: end(0)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def end(code: int) -> NoReturn:

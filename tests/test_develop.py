@@ -133,7 +133,7 @@ def test_a_signal_while_postgresql_starts_stops_all(folder: Path, until: str) ->
 def test_the_requests_that_readme_shows_work_one_after_the_other(folder: Path) -> None:
     text, placeholder = (HERE / "README.md").read_text(), "eyJhbGciOi…"
     shown, token, answer = re.findall(r"^\$ (curl .*\n .*)$", text, re.M), "", {}
-    with running(folder, PGDATABASE="other", PGHOSTADDR="192.0.2.1") as run:
+    with running(folder, PGSERVICE="other", PGHOSTADDR="192.0.2.1", PGPORT="1") as run:
         assert run.ask("/health/ready").is_success
         for command in shown:
             given = command.replace("8000", str(run.port)).replace(placeholder, token)
