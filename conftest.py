@@ -307,6 +307,7 @@ class Issuer:
     def __init__(self) -> None:
         self.requests, self.failing, self.delay, self.paths = 0, False, 0.0, set[str]()
         self.keys: dict[str, tuple[str, Any]] = {}
+        self.body: bytes | None = None  # sent in place of the keys
         self.rotate()
         issuer = self
 
@@ -318,7 +319,7 @@ class Issuer:
                 if "missing" in self.path:
                     return self.send_error(404)
                 keys = issuer.public()[-2:] if issuer.failing else issuer.public()
-                body = json.dumps({"keys": keys}).encode()
+                body = json.dumps({"keys": keys}).encode() if issuer.body is None else issuer.body
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

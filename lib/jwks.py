@@ -103,7 +103,7 @@ class KeySet:
         """Replaces the keys, or says in `failure` and in the log why not."""
         try:
             async with asyncio.timeout(LIFETIME):
-                keys = await in_daemon_thread(lambda: self.read(self.download()))
+                keys = await in_daemon_thread(self.download)
             if not keys and monotonic() - self.fetched <= MAX_AGE:
                 raise ValueError("no key that can verify a token")  # may be a mishap
         except Exception as error:
@@ -112,18 +112,14 @@ class KeySet:
         else:
             self.keys, self.fetched, self.failure = keys, monotonic(), ""
 
-    def download(self) -> bytes:
-        """The issuer's answer. Raises OSError, or ValueError for too long a one."""
+    def download(self) -> list[Key]:
+        """The keys of the issuer. Raises OSError, or ValueError for what is no key set."""
         # Some issuers stand behind a filter that refuses Python's own User-Agent.
         request = urllib.request.Request(self.url, headers={"User-Agent": "jwks"})  # noqa: S310
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:  # noqa: S310
-            body: bytes = response.read(MAX_SIZE + 1)
+            body = response.read(MAX_SIZE + 1)
         if len(body) > MAX_SIZE:
             raise ValueError(f"more than {MAX_SIZE} bytes")
-        return body
-
-    def read(self, body: bytes) -> list[Key]:
-        """The keys that can verify a token. Raises ValueError for what is no set."""
         try:
             jwks = json.loads(body)["keys"]
         except (ValueError, TypeError, KeyError, RecursionError):
