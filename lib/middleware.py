@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable
 from contextlib import suppress
 from functools import lru_cache
+from inspect import isawaitable
 from ipaddress import ip_address
 from time import perf_counter
 from typing import Annotated, Any
@@ -134,8 +135,9 @@ def values_of(lines: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
 
 
 class ErrorResponses:
-    """Answers every exception by `respond`: inside CORS, so that a browser may read a 500 too.
-    A 500, and what breaks a response off, is raised again: uvicorn then closes the connection."""
+    """Answers an exception by a handler of the app, or by `respond`: inside CORS, so that a browser
+    may read a 500 too. A 500, and what breaks a response off, is raised again: uvicorn then closes
+    the connection."""
 
     def __init__(self, app: ASGIApp, respond: Respond) -> None:
         self.app, self.respond = app, respond
@@ -153,7 +155,12 @@ class ErrorResponses:
                 return  # uvicorn cancelled it after SIGTERM, because its client does not read
             if not isinstance(error, Exception):
                 error = HTTPProblem(503, "The service is shutting down", headers=RETRY)
-            response = await self.respond(Request(scope), error)
+            # The app's own handlers, which FastAPI's routes heed and prepared ones do not.
+            handlers = getattr(scope.get("app"), "exception_handlers", {})
+            kinds = getattr(error, "status_code", None), *type(error).__mro__
+            handler = next((handlers[kind] for kind in kinds if kind in handlers), self.respond)
+            answer = handler(Request(scope), error)
+            response = await answer if isawaitable(answer) else answer
             if response.status_code == 500:
                 response.headers["Connection"] = "close"  # RFC 9112 section 9.6
             await response(scope, receive, send)

@@ -68,6 +68,10 @@ async def refusing(x_pass: Annotated[str | None, Header(alias="X-Pass")] = None)
         raise HTTPException(401)
 
 
+async def raising() -> None:
+    raise KeyError("quota")
+
+
 async def body_of(item: Item) -> Item:
     return item
 
@@ -97,6 +101,7 @@ PREPARED: dict[str, Any] = {
         request=Request, first=Annotated[str, Depends(nested)], size=int,
         second=(str, Depends(counted)),
     ),
+    "/raises": takes(x=Annotated[str, Depends(raising)]),
     "/guarded": takes(first=Annotated[str, Depends(nested)]),
     "/refuses": takes(
         first=Annotated[str, Depends(nested)], x=Annotated[None, Depends(refusing)], size=int
@@ -128,7 +133,7 @@ PROBES: list[tuple[str, dict[str, Any]]] = [
     (f"/item/{ID}?limit=x", {"json": {"title": "x"}}),
     *[(path, {}) for path in ("/depends?size=1", "/depends?size=x", "/depends", "/refuses?size=x")],
     *[(path, PASS) for path in ("/refuses?size=x", "/refuses?size=1", "/guarded")],
-    ("/guarded?size=x", {}),
+    ("/guarded?size=x", {}), ("/raises", {}),
 ]  # fmt: skip
 BEYOND: list[Any] = [
     Response, Any, Annotated[list[int], Query()], Annotated[Item, Query()],
@@ -152,9 +157,13 @@ async def respond(request: Request, error: Any) -> Response:
     return JSONResponse({"detail": error.detail}, error.status_code)
 
 
+def too_early(request: Request, error: LookupError) -> Response:
+    return JSONResponse(str(error), 425)
+
+
 def app_of(*middleware: Middleware) -> FastAPI:
     outer = [Middleware(RequestLog), Middleware(ErrorResponses, respond=respond)]
-    handlers: Any = {RequestValidationError: respond}
+    handlers: Any = {RequestValidationError: respond, LookupError: too_early}
     app = FastAPI(exception_handlers=handlers, middleware=[*outer, *middleware])
     for path, endpoint in PREPARED.items():
         app.post(path, dependencies=[Depends(refusing)] * (path == "/guarded"))(endpoint)
