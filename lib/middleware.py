@@ -172,8 +172,7 @@ class BodyLimit:
     """Bounds the bytes and the time of a body, and the bytes of all until their requests end.
 
     Raises HTTPProblem: 413 and 415 by the headers at once, the others when a route asks for the
-    body, so that a 401 or 404 comes first. A user, or an address without one, has a share of the
-    bytes, so that its unfinished bodies do not keep others from sending theirs.
+    body, so that a 401 or 404 comes first. A user, or an address without one, has a share.
     """
 
     def __init__(self, app: ASGIApp) -> None:

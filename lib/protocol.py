@@ -26,7 +26,7 @@ if MAX_CONNECTIONS < 1:
     raise SystemExit("The service needs more than 128 file descriptors (ulimit -n)")
 MAX_HEAD = 65_536  # bytes of target and headers, or of a trailer. Behind others, twice as many
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
-UNREAD = 65_536  # bytes that wait unsent in the kernel, and as many in uvloop's transport
+UNSENT = 65_536  # bytes that wait in the kernel for a client, and as many in uvloop's transport
 REFUSAL = b"content-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -36,11 +36,14 @@ class State(Enum):
     HEAD = "the first head, or the rest of one that has begun", 10
     RUNNING = "the application, which has bounds of its own, also for bodies", None
     IDLE = "the next request", 100  # more than the 90 of Heroku's router
-    UNREAD = "the client to take responses, until a quarter of UNREAD bytes is left", 60
+    UNREAD = "the client to take responses, until a quarter of UNSENT bytes is left", 60
     ENDING = "the client to take what was sent. What it sends is thrown away", 60
 
-    def __init__(self, meaning: str, seconds: float | None) -> None:
+    def __init__(self, waits_for: str, seconds: float | None) -> None:
         self.seconds = seconds
+
+
+HEAD, RUNNING, IDLE, UNREAD, ENDING = State  # Python 3.11 takes three times as long for State.HEAD
 
 
 class Protocol(HttpToolsProtocol):
@@ -66,22 +69,21 @@ class Protocol(HttpToolsProtocol):
 
     def enter(self, state: State) -> None:
         """Starts the timer of a state. In the same state, the timer runs on. ENDING is the last."""
-        if self.state not in (state, State.ENDING):
+        if self.state not in (state, ENDING):
             self.state = state
             if self.timer:
                 self.timer.cancel()
-            self.timer = None
-            if state.seconds:
-                self.timer = self.loop.call_later(state.seconds, self.transport.abort)
+            seconds, abort = state.seconds, self.transport.abort
+            self.timer = self.loop.call_later(seconds, abort) if seconds else None
 
     def update(self) -> None:
         """Enters the state that an event has led to."""
         if self.flow.write_paused:
-            self.enter(State.UNREAD)
+            self.enter(UNREAD)
         elif self.running:
-            self.enter(State.RUNNING)
-        else:
-            self.enter(State.HEAD if self.scope else State.IDLE)
+            self.enter(RUNNING)
+        else:  # line breaks are no head, and make no scope
+            self.enter(HEAD if self.scope or self.state is HEAD else IDLE)
 
     # Opening and closing.
 
@@ -89,18 +91,18 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.write = transport.write
         set_option = transport.get_extra_info("socket").setsockopt
-        set_option(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
-        self.enter(State.HEAD)
+        set_option(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+        self.enter(HEAD)
         if len(self.connections) > MAX_CONNECTIONS:
             connections: Any = self.connections
-            idle = (each for each in connections if each.state is State.IDLE)
+            idle = (each for each in connections if each.state is IDLE)
             next(idle, self).close()  # an idle one gives way
 
     def close(self) -> None:
         """Ends the connection when the client has taken what was sent."""
-        if self.state is State.ENDING:
+        if self.state is ENDING:
             return
-        self.enter(State.ENDING)
+        self.enter(ENDING)
         if self.refusal or (self.cycle and self.cycle.more_body):
             # The client still sends. To close, or to leave bytes unread, resets the connection:
             # the client would lose the answer.
@@ -110,11 +112,11 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def is_closing(self) -> bool:
-        return self.state is State.ENDING  # so that uvicorn sends no 100 Continue
+        return self.state is ENDING  # so that uvicorn sends no 100 Continue
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.state = State.ENDING
+        self.state = ENDING
         if self.timer:
             self.timer.cancel()
         self.give_up(499)
@@ -123,7 +125,7 @@ class Protocol(HttpToolsProtocol):
     # Reading. feed_data() calls the on_ methods. What they raise becomes HttpParserError.
 
     def data_received(self, data: bytes) -> None:
-        while data and not self.refusal and self.state is not State.ENDING:
+        while data and not self.refusal and self.state is not ENDING:
             piece, data = data[: MAX_HEAD - self.size], data[MAX_HEAD - self.size :]
             self.size += len(piece)
             try:
@@ -134,8 +136,7 @@ class Protocol(HttpToolsProtocol):
                 self.refuse(400)
             if self.size == MAX_HEAD and not self.refusal:
                 self.refuse(414 if len(self.url) > MAX_HEAD // 2 else 431)
-        if self.scope:  # else these were line breaks, and no head
-            self.update()
+        self.update()
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -208,7 +209,7 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Goes on to the next request. uvicorn's method would start a timer of its own."""
         self.running = None
-        if self.state is State.ENDING:
+        if self.state is ENDING:
             return
         if self.pipeline:  # its body, which nobody counts yet, waits until it is asked for
             self.running, app = self.pipeline.pop()
