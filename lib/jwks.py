@@ -10,9 +10,9 @@ A key that find() knows is FRESH for 10 minutes after the set was fetched. Any o
     UNKNOWN  find() waits for the fetch, 5 s at most. The token is 401 if the new set has no key
              for it, and 503 if the fetch failed or goes on.
 
-A fetch starts 5 s after the start of the last one at the earliest, because anybody can invent a
-kid, and when the last one has ended. Until then the last one counts. An answer may come byte by
-byte and never end, so a fetch is given up after 10 minutes. Its thread stays.
+A fetch starts when the last one has ended, and 5 s after its start at the earliest, because anybody
+can invent a kid. Until then the last one counts. An answer may come byte by byte and never end, so
+a fetch is given up after 10 minutes. Its thread stays.
 """
 
 import asyncio
