@@ -1,8 +1,9 @@
 """Tells whether waiting cures an error of connecting.
 
 What is not listed here is waited for: DNS may know a name only when the database has started.
-PostgreSQL's errors are in many languages, so they are known by SQLSTATE. libpq shows the one of a
-refused connection in its trace only, so it is opened once more by hand: psycopg does not trace.
+PostgreSQL's errors are in many languages, so they are known by SQLSTATE. When a connection is
+refused, libpq tells the SQLSTATE in its trace only. psycopg cannot trace a connection from its
+first byte, so explain() connects once more by libpq's own functions.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ HOPELESS_WORDS = re.compile(
     r"|invalid |weak sslmode"  # invalid sslmode value: "on"
     r"|could not match"  # could not match 2 port numbers to 1 hosts
     r"|channel binding"  # channel binding required
+    r"|no password"  # fe_sendauth: no password supplied
     r"|authentication (failed|method)"  # SASL authentication failed (PgBouncer)
     r"|no such (database|user)"  # no such database: todo (PgBouncer)
     r"|not (be )?found|disabled"  # Tenant or user not found (Supabase)
@@ -39,8 +41,7 @@ async def explain(error: psycopg.Error, conninfo: str) -> str:
     lines = (text or str(error)).split("\n")
     # Of several addresses the last has the SQLSTATE. DETAIL and HINT follow its line.
     line = [lines[0], *(each for each in lines if "connection to server" in each)][-1]
-    is_hopeless = sqlstate.startswith(HOPELESS_STATES) or HOPELESS_WORDS.search(NAMES.sub("", line))
-    if is_hopeless or (error.pgconn and error.pgconn.needs_password):
+    if sqlstate.startswith(HOPELESS_STATES) or HOPELESS_WORDS.search(NAMES.sub("", line)):
         raise NotReady(f"DATABASE_URL does not work, correct it: {line}") from None
     return f"DATABASE_URL does not work: {line}"
 

@@ -66,10 +66,8 @@ class Start:
     def __init__(self, conninfo: str, schema: Path, table: str, statements: list[Statement]):
         self.conninfo, self.table, self.statements = conninfo, table, statements
         self.schema, self.reported = schema.read_bytes(), set[str]()
-        self.state, self.limit = (
-            "the start waits for a connection",
-            asyncio.timeout(STARTUP_TIMEOUT),
-        )
+        self.state = "the start waits for a connection"
+        self.limit = asyncio.timeout(STARTUP_TIMEOUT)  # that a migration lifts
         self.deadline = self.limit.when()
 
     def report(self, level: int = logging.WARNING) -> None:
@@ -89,7 +87,7 @@ class Start:
                 self.state = error.diag.message_primary or await explain(error, self.conninfo)
             except psycopg.Error as error:
                 raise NotReady(f"{self.state}: {error.diag.message_primary or error}") from None
-            self.limit.reschedule(self.deadline)  # a migration had none
+            self.limit.reschedule(self.deadline)
             self.report()
             await asyncio.sleep(0.5)
 

@@ -129,7 +129,7 @@ def by_hand(empty: str) -> str:
     return empty
 
 
-USAGE, TITLE = "GRANT USAGE ON SCHEMA todo TO", "GRANT UPDATE (title) ON todo.tasks"
+GRANTS = [USAGE := "GRANT USAGE ON SCHEMA todo TO", f"GRANT {DML} TO"]
 RLS = [f"ALTER TABLE todo.{table} ENABLE ROW LEVEL SECURITY --" for table in ("users", "tasks")]
 
 
@@ -171,40 +171,33 @@ def test_a_role_that_owns_the_schema_and_nothing_else_applies_it(empty: str) -> 
 @parametrize(
     ("grants", "named"),
     [
-        ([], ["SELECT on todo.tasks", "DELETE on todo.tasks", "INSERT on todo.users"]),
-        ([f"GRANT {DML} TO"], ["permission denied for schema todo:"]),
-        ([USAGE, "GRANT SELECT ON ALL TABLES IN SCHEMA todo TO"], ["UPDATE on todo.tasks"]),
-        ([USAGE, f"GRANT {DML} TO", "REVOKE UPDATE ON todo.tasks FROM"], ["UPDATE on todo.tasks:"]),
+        ([f"GRANT {DML} TO"], "SELECT_TASK (SELECT): permission denied for schema todo:"),
+        ([USAGE], "SELECT_TASK (SELECT): permission denied for table tasks:"),
+        ([*GRANTS, "REVOKE UPDATE ON todo.tasks FROM"], "(INSERT, UPDATE): permission denied for"),
+        ([*GRANTS, "REVOKE DELETE ON todo.users FROM"], "DELETE_USER (DELETE): permission denied"),
         (
-            [USAGE, f"GRANT {DML} TO", "REVOKE UPDATE ON todo.tasks FROM", f"{TITLE} TO"],
-            ["INSERT_TASK: permission denied for table tasks:"],
+            [*GRANTS, "REVOKE EXECUTE ON FUNCTION todo.uuidv7() FROM public,"],
+            "INSERT_TASK (INSERT, UPDATE): permission denied for function uuidv7:",
         ),
-        ([USAGE, f"GRANT {DML} TO", *RLS], ["INSERT on todo.tasks by a policy"]),
+        ([*GRANTS, *RLS], "SELECT_TASK (SELECT): no policy for SELECT on todo.tasks:"),
         (
-            [USAGE, f"GRANT {DML} TO", "REVOKE EXECUTE ON FUNCTION todo.uuidv7() FROM public,"],
-            ["INSERT_TASK: permission denied for function uuidv7:"],
+            [*GRANTS, *RLS, "CREATE POLICY reads ON todo.tasks FOR SELECT USING (true) --"],
+            "INSERT_TASK (INSERT, UPDATE): no policy for INSERT on todo.tasks, UPDATE on todo",
         ),
     ],
 )
 def test_a_privilege_that_is_missing_stops_the_start_in_a_line_that_names_it(
-    by_hand: str, grants: list[str], named: list[str]
+    by_hand: str, grants: list[str], named: str
 ) -> None:
     with role(by_hand, *grants) as url:
-        line = refusal(url)
-    assert [each for each in named if each not in line] == []
+        assert named in refusal(url)
 
 
 def test_a_role_needs_no_privilege_that_no_statement_uses(by_hand: str) -> None:
     execute(by_hand, "CREATE FUNCTION todo.unused() RETURNS integer LANGUAGE sql RETURN 1")
-    grants = [USAGE, "REVOKE EXECUTE ON FUNCTION todo.unused() FROM public,"]
-    for table in ("users", "tasks"):
-        names = (
-            "SELECT string_agg(attname, ', ') FROM pg_attribute WHERE attnum > 0 AND attrelid = "
-        )
-        [(columns,)] = query(by_hand, f"{names} 'todo.{table}'::regclass")
-        some = f"INSERT ({columns}), UPDATE ({columns})"
-        grants.append(f"GRANT SELECT, {some}, DELETE ON todo.{table} TO")
-    with role(by_hand, *grants) as url:
+    unused = ["REVOKE EXECUTE ON FUNCTION todo.unused() FROM public,"]
+    unused += ["REVOKE UPDATE ON todo.users FROM", "GRANT UPDATE (password_hash) ON todo.users TO"]
+    with role(by_hand, *GRANTS, *unused) as url:
         prepared(url)
 
 
@@ -451,7 +444,7 @@ def test_parameters_that_cannot_work_end_the_start_at_once(
 def test_a_role_with_one_connection_can_start(by_hand: str, tmp_path: Path) -> None:
     limit = f"ALTER ROLE {ROLE} CONNECTION LIMIT 1 --"
     with (
-        role(by_hand, USAGE, f"GRANT {DML} TO", limit) as url,
+        role(by_hand, *GRANTS, limit) as url,
         serving(url, tmp_path / "log") as server,
         client(server) as api,
     ):
