@@ -17,9 +17,6 @@ from hypothesis.stateful import (
 
 from conftest import NOBODYS_ID, Server, client
 
-parametrize = pytest.mark.parametrize
-
-
 pytestmark = pytest.mark.slow
 
 

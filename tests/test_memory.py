@@ -25,9 +25,6 @@ from conftest import (
     wait_until,
 )
 
-parametrize = pytest.mark.parametrize
-
-
 pytestmark = pytest.mark.slow
 
 
