@@ -120,6 +120,7 @@ class Protocol(HttpToolsProtocol):
         if self.timer:
             self.timer.cancel()
         self.give_up(499)
+        self.cycle, self.pipeline = None, ()  # their transport is this one: each keeps the other
         self.readers.discard(self.transport)
 
     # Reading. feed_data() calls the on_ methods. What they raise becomes HttpParserError.

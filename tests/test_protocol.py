@@ -140,15 +140,19 @@ def test_a_client_that_does_not_read_is_known_whatever_is_behind_its_request() -
     asyncio.run(story())
 
 
-def test_nothing_holds_a_connection_that_its_client_reset() -> None:
+@pytest.mark.parametrize("under_way", [b"", GET * 2])
+def test_nothing_holds_a_connection_that_its_client_reset(under_way: bytes) -> None:
     async def story() -> None:
         protocol = connected(PlainTextResponse("answer"))
         protocol.data_received(GET)
         await answered(protocol)
         timer = protocol.timer
         assert timer and not timer.cancelled()
+        protocol.data_received(under_way)
         protocol.connection_lost(ConnectionResetError())
+        await answered(protocol)
         assert timer.cancelled() and not protocol.connections
+        assert not protocol.cycle and not protocol.pipeline  # each request has the connection
 
     asyncio.run(story())
 
