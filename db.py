@@ -99,8 +99,7 @@ async def select_tasks(
 
 
 # A known Idempotency-Key makes this an UPDATE that changes nothing, because DO NOTHING returns no
-# row. xmax is 0 in a new row; ON CONFLICT locks an old one, which sets xmax. No row comes back
-# when the key was used with another body.
+# row. xmax is 0 in a new row; ON CONFLICT locks an old one, which sets xmax.
 INSERT_TASK = Statement("INSERT_TASK", f"""
 INSERT INTO todo.tasks (user_id, {", ".join(WRITABLE)}, idempotency_key, idempotency_digest)
 VALUES (%(user_id)s, {", ".join(f"%({field})s" for field in WRITABLE)}, %(key)s, %(digest)s)
@@ -217,7 +216,7 @@ RETURNING id, email, created_at, password_hash
 
 
 async def insert_account(email: str, password_hash: str) -> Account | None:
-    """Stores an account. None if the e-mail is taken."""
+    """None if the e-mail is taken."""
     return to_account(await fetch(INSERT_ACCOUNT, email=email, password_hash=password_hash))
 
 
@@ -245,18 +244,22 @@ async def select_user(user_id: str) -> Account | None:
     return to_account(await fetch(SELECT_USER, user_id=user_id))
 
 
+# The second of two changes at once finds another hash.
 UPDATE_PASSWORD = Statement("UPDATE_PASSWORD", """
 UPDATE todo.users
-SET password_hash = %(password_hash)s
-WHERE id = %(user_id)s
+SET password_hash = %(new)s
+WHERE id = %(user_id)s AND password_hash = %(old)s
+RETURNING id
 """)
 
 
-async def update_password(user_id: str, password_hash: str) -> None:
-    await fetch(UPDATE_PASSWORD, user_id=user_id, password_hash=password_hash)
+async def update_password(account: Account, new: str) -> bool:
+    """False if the stored hash is not the account's any more."""
+    old = (account.password_hash or b"").decode()
+    return bool(await fetch(UPDATE_PASSWORD, user_id=account.id, old=old, new=new))
 
 
-# The foreign key also deletes the user's tasks, which it finds by their primary key.
+# The foreign key deletes the user's tasks too, by their primary key.
 DELETE_USER = Statement("DELETE_USER", """
 DELETE FROM todo.users
 WHERE id = %(user_id)s
@@ -305,7 +308,7 @@ async def start() -> None:
 async def stop() -> None:
     await reads.close()
     await writes.close()
-    await connections.close()
+    await connections.close(timeout=1)  # second of the 10 after SIGTERM
 
 
 def fetch(statement: Statement, **values: Value) -> Awaitable[Result]:

@@ -144,11 +144,9 @@ EXCEPTIONS: dict[type[Exception], Callable[[], HTTPProblem]] = {
     pgpipeline.UnexpectedError: partial(HTTPProblem, 500, "Internal server error"),
 }  # fmt: skip
 
-# Aliases of paths: lib/paths.py lists them.
-NAMES = dict.fromkeys(["tasks", "todos", "task", "todo"], "tasks")  # what clients call /tasks
+NAMES = dict.fromkeys(["tasks", "todos", "task", "todo"], "tasks")  # lib/paths.py has more
 CANONICAL = r"/tasks(?:/[0-9a-f-]{36}(?:/toggle|/complete)?)?"  # no aliases: not looked up
 
-# Turns an exception into a problem.
 respond = problems.responder("todo", malformed_path=malformed_id, exceptions=EXCEPTIONS)
 app = openapi.DocumentedAPI(
     title="Todo",
@@ -242,13 +240,13 @@ async def list_tasks(
     offset: Offset = None,
     page: PageNumber = None,
 ) -> Response:
-    """List tasks, newest first. While more follow, `Link` has the address of the next page.
+    """List tasks, newest first. While more follow, `Link` leads to the next page.
 
-    A page by `after` costs the same at any depth, by `offset`, `skip` or `page` more with depth.
+    By `after`, each page costs the same.
     """
     skipped = (offset or 0) + ((page or 1) - 1) * limit
     found = await db.select_tasks(user_id, completed, after, skipped, limit)
-    if found.is_cut and (offset, page) != (None, None):  # the next offset or page would skip tasks
+    if found.is_cut and (offset, page) != (None, None):  # the next one would skip tasks
         text = "Over 1 MB: ask for a smaller limit, or page by after"
         raise HTTPProblem(422, text, "page_too_large")
     headers = {"Link": next_link(request, found.last_id)} if found.last_id else {}
@@ -352,14 +350,15 @@ async def find_user(user_id: str) -> db.Account | None:
     return user
 
 
-async def confirm(request: Request, user_id: str, password: str) -> None:
-    """Raises HTTPProblem unless the password is the account's. Counts as a login."""
+async def confirm(request: Request, user_id: str, password: str) -> db.Account:
+    """The account. Raises HTTPProblem unless the password is its own. Counts as a login."""
     user = await find_user(user_id)
     if user is None or user.email is None:
         raise no_account()
     await auth.throttle(request, user.email)
     if not await auth.passwords.check(password, user.password_hash):
         raise wrong_password()
+    return user
 
 
 @account_route("/auth/register", email_taken(), status=201)
@@ -403,8 +402,9 @@ async def change_password(
     request: Request, user_id: CurrentUser, body: schemas.PasswordChange
 ) -> Response:
     """Change the password. Tokens that were issued before stay good until they end."""
-    await confirm(request, user_id, body.current_password)
-    await db.update_password(user_id, await auth.passwords.hash(body.new_password))
+    account = await confirm(request, user_id, body.current_password)
+    if not await db.update_password(account, await auth.passwords.hash(body.new_password)):
+        raise wrong_password()  # changed or deleted meanwhile
     return Response(status_code=204)
 
 
@@ -448,7 +448,7 @@ async def root(request: Request) -> dict[str, str]:
     return {"name": "todo", "version": VERSION, "docs": request.scope["root_path"] + "/docs"}
 
 
-pages.add_pages(app)  # /docs and /redoc: last, as they are asked for least
+pages.add_pages(app)  # last, as they are asked for least
 
 if __name__ == "__main__":
     develop.run(  # makes what is not set
@@ -457,7 +457,7 @@ if __name__ == "__main__":
         secret=not (auth.SECRET or auth.JWKS_URL),
         origins=not settings.cors_origins,
     )
-else:  # A server imports this module. A wrong setting ends the start before it serves anything.
+else:  # A server imports this. A wrong setting ends the start before it serves anything.
     logs.configure()
     auth.check_settings()
     db.conninfo()

@@ -1,10 +1,9 @@
 -- The tables, for PostgreSQL 14 to 18. The service applies this file at its start and then adds
--- its SHA-256 to the comment on todo.tasks. `psql "$DATABASE_URL" -f schema.sql` works too. After
--- a change all of it runs again, so each statement has to allow that. CREATE TABLE IF NOT EXISTS
--- leaves a table that exists as it is: write a change in the table, for new databases, and at the
--- end of this file, for those that exist. Write each name with its schema, because a search_path
--- may lead to another application's tables. The limits of the API are here too, as named
--- constraints, because other programs may write.
+-- its SHA-256 to the comment on todo.tasks. After a change all of it runs again, so each statement
+-- has to allow that. CREATE TABLE IF NOT EXISTS leaves a table that exists as it is: write a change
+-- in the table, for new databases, and at the end of this file, for those that exist. Write each
+-- name with its schema, because a search_path may lead to another application's tables. The limits
+-- of the API are here too, as named constraints, because other programs may write.
 -- CREATE SCHEMA IF NOT EXISTS would need the privilege even where the schema exists.
 DO $$ BEGIN IF to_regnamespace('todo') IS NULL THEN CREATE SCHEMA todo; END IF; END $$;
 
@@ -46,10 +45,9 @@ END $move$;
 
 -- Whoever owns tasks has a row. A user of an outside issuer gets one with the first task: an id
 -- without an account. Ids are text because issuers choose them, as Auth0 does with "auth0|5f7c".
--- E-mails are in lower case.
 CREATE TABLE IF NOT EXISTS todo.users (
     id            text        NOT NULL DEFAULT todo.uuidv7()::text,
-    email         text,
+    email         text,       -- in lower case
     password_hash text,
     created_at    timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT users_pkey PRIMARY KEY (id),

@@ -892,6 +892,17 @@ def test_a_changed_password_logs_in_and_the_old_one_does_not(ann: Client, accoun
     assert ann.get("/auth/me").status_code == 200  # a token is good until it ends
 
 
+def test_of_two_changes_of_a_password_at_once_one_is_401(ann: Client, account: Account) -> None:
+    bodies = [{"current_password": PASSWORD, "new_password": letter * 8} for letter in "ab"]
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda body: ann.put("/auth/password", json=body), bodies))
+    codes = [ann.post("/auth/login", json=account | {"password": n * 8}).status_code for n in "ab"]
+    changed, refused = sorted(answers, key=lambda answer: answer.status_code)
+    assert changed.status_code == 204
+    refusal(refused, 401, "wrong_password")
+    assert codes[answers.index(changed)] == 200
+
+
 def test_a_deleted_account_is_gone_with_its_tasks(
     ann: Client, account: Account, database: str
 ) -> None:

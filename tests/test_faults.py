@@ -337,6 +337,19 @@ def test_sigterm_lets_requests_finish_and_ends_within_ten_seconds(
         assert time.monotonic() - started < 10
 
 
+def test_a_frozen_database_does_not_hold_up_the_end(database: Database, tmp_path: Path) -> None:
+    with serving(database.url, tmp_path / "log") as server, client(server) as api:
+        assert api.get("/tasks").status_code == 200
+        asked = request_bytes(b"GET /tasks", api.headers["Authorization"].encode(), b"")
+        with database.frozen(), closing(connect(server)) as connection:
+            connection.sendall(asked * 32)  # each waits for 5 s, one after the other
+            time.sleep(1.2)  # so that the pool is connecting 8 s later
+            server.process.send_signal(signal.SIGTERM)
+            started = time.monotonic()
+            server.process.wait(15)
+            assert time.monotonic() - started < 10
+
+
 def test_beyond_the_queue_it_is_503_at_once(
     database: Database, server: Server, api: Client
 ) -> None:
