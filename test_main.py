@@ -555,16 +555,11 @@ def test_white_space_around_a_header_is_no_part_of_it(server: Server, space: byt
     assert b"access-control-allow-origin: https://app.example\r\n" in answer
 
 
-def test_a_plain_request_id_is_taken_over(api: Client) -> None:
-    response = api.get("/health", headers={"X-Request-ID": "a-b_c.1:2"})
-    assert response.headers["x-request-id"] == "a-b_c.1:2"
-
-
-@parametrize("id", ["", "x" * 65, "a b", '"', "é".encode(), "<script>"])
-def test_any_other_request_id_is_replaced(api: Client, id: str | bytes) -> None:
+@parametrize("id", ["a-b_c.1:2", "", "x" * 65, "a b", '"', "é".encode(), "<script>"])
+def test_a_plain_request_id_is_taken_over_and_any_other_replaced(api: Client, id: Any) -> None:
     headers: Any = {b"X-Request-ID": id}
-    response = api.get("/health", headers=headers)
-    assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
+    answered = api.get("/health", headers=headers).headers["x-request-id"]
+    assert re.fullmatch(r"a-b_c\.1:2" if id == "a-b_c.1:2" else r"[0-9a-f]{32}", answered)
 
 
 @parametrize(
@@ -1003,11 +998,17 @@ def test_every_write_advances_the_etag(api: Client) -> None:
     assert api.get(path).headers["etag"] == tags[-1]
 
 
-@parametrize("form", ["{}", "W/{}", '"other", {}', "*", '"a,b",W/{} ,"c"'])
-def test_if_none_match_with_the_current_etag_is_304(api: Client, task: Task, form: str) -> None:
+CURRENT = [["{}"], ["W/{}"], ['"other", {}'], ["*"], ['"a,b",W/{} ,"c"']]
+CURRENT += [['"x"', "{}"], ["{}", '"x"']]  # in two lines
+
+
+@parametrize("tags", CURRENT)
+def test_if_none_match_with_the_current_etag_is_304(
+    api: Client, task: Task, tags: list[str]
+) -> None:
     path = "/tasks/" + task["id"]
     etag = api.get(path).headers["etag"]
-    response = api.get(path, headers={"If-None-Match": form.format(etag)})
+    response = api.get(path, headers=[("If-None-Match", tag.format(etag)) for tag in tags])
     assert (response.status_code, response.content) == (304, b"")
     assert response.headers["etag"] == etag
     assert api.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
@@ -1042,16 +1043,6 @@ def test_if_none_match_lets_any_other_version_change(api: Client, task: Task, ca
     assert api.get("/tasks/" + task["id"]).json() == task
     others = f'"x", {current.replace("1-", "7-", 1)}, {current.replace("1-", "3-", 1)}'
     assert send(api, call, task["id"], **{"If-None-Match": others}).is_success
-
-
-def test_several_lines_of_a_condition_are_one_list(api: Client, task: Task) -> None:
-    path = "/tasks/" + task["id"]
-    tags = ['"x"', api.get(path).headers["etag"]]
-    for order in (tags, tags[::-1]):
-        lines = [("If-None-Match", tag) for tag in order]
-        assert api.get(path, headers=lines).status_code == 304
-    lines = [("If-Match", tag) for tag in tags]
-    assert api.patch(path, headers=lines, json={"title": "y"}).status_code == 200
 
 
 def test_an_etag_has_the_version_of_a_task_and_the_form_of_the_answer(
