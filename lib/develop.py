@@ -31,6 +31,7 @@ from lib import serve as server
 
 FOLDER = Path(__file__).resolve().parent.parent  # of the service
 DATA = FOLDER / ".data"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PORTS = (3000, 5173)  # of Next.js and Vite
 ORIGINS = [f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in PORTS]
 
@@ -43,8 +44,8 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
     parser = argparse.ArgumentParser(description="Serves on 127.0.0.1")
     parser.add_argument("--reload", action="store_true", help="restart when .py or .sql changes")
     reload = ["--reload"] if parser.parse_args().reload else []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(0))
+    for number in SIGNALS:
+        signal.signal(number, stop)
     with ExitStack() as stack:  # undone in reverse: the service ends before its database
         listener = stack.enter_context(listen(server.Settings.load().port))
         try:
@@ -64,6 +65,13 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
         service = stack.enter_context(Popen(command, cwd=FOLDER, pass_fds=[fd]))
         stack.callback(service.terminate)
         sys.exit(service.wait())
+
+
+def stop(*_: object) -> None:
+    """Ends the process. Another signal would interrupt the end, and leave PostgreSQL at work."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
 
 
 def listen(port: int) -> socket.socket:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import venv
 from collections import Counter
 from collections.abc import Iterator
@@ -106,6 +107,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def test_each_signal_stops_the_service_and_its_postgresql(used: Path, number: int) -> None:
     run = Run(used)
     assert run.ask("/health/ready").is_success
+    for _ in range(100):
+        run.process.send_signal(number)
+        time.sleep(0.02)
     assert run.end(number) == 0
     assert "Finished server process" in run.printed.splitlines()[-1]
     assert "Traceback" not in run.printed
