@@ -13,7 +13,6 @@ SESSION = """
 SELECT pg_backend_pid(), current_setting('server_encoding'), current_setting('TimeZone'),
     current_setting('DateStyle')
 """
-READ_ONLY = "SELECT current_setting('transaction_read_only')::boolean"
 # EXPLAIN does not see that no policy of row level security lets a row pass.
 WITHOUT_POLICY = """
 SELECT command || ' on ' || name
@@ -66,9 +65,9 @@ async def check_statements(
     connection: AsyncConnection, statements: list[Statement], refusal: str
 ) -> None:
     """What check_statement() names. In a read-only database it looks at reads only."""
-    [(read_only,)] = await (await connection.execute(READ_ONLY)).fetchall()
+    [(read_only,)] = await (await connection.execute("SHOW transaction_read_only")).fetchall()
     for each in statements:
-        if each.reads_only or not read_only:
+        if each.reads_only or read_only == "off":
             await check_statement(connection, each, refusal)
 
 
@@ -89,8 +88,7 @@ async def check_statement(connection: AsyncConnection, statement: Statement, ref
     except errors.NullValueNotAllowed:
         pass  # by Citus, which finds nothing else amiss: it wants a value for a shard's column
     except errors.InsufficientPrivilege as error:
-        reason = f"{denied}: {error.diag.message_primary}"
-        raise NotReady(f"{reason}: see docs/DATABASES.md") from None
+        raise NotReady(f"{denied}: {error.diag.message_primary}: see docs/DATABASES.md") from None
     except (psycopg.ProgrammingError, psycopg.DataError) as error:
         unfit = f"the schema does not fit this release: {statement.name}"
         raise NotReady(f"{unfit}: {error.diag.message_primary}{refusal}") from None

@@ -23,8 +23,7 @@ HOPELESS_WORDS = re.compile(
     r"|invalid |weak sslmode"  # invalid sslmode value: "on"
     r"|could not match"  # could not match 2 port numbers to 1 hosts
     r"|channel binding"  # channel binding required
-    r"|no password"  # fe_sendauth: no password supplied
-    r"|authentication (failed|method)"  # SASL authentication failed (PgBouncer)
+    r"|no password|authentication (failed|method)"  # SASL authentication failed (PgBouncer)
     r"|no such (database|user)"  # no such database: todo (PgBouncer)
     r"|not (be )?found|disabled"  # Tenant or user not found (Supabase)
 )

@@ -18,14 +18,17 @@ LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 # Parameters of other drivers, in lower case, without _ and -: of their pools, caches, timeouts and
 # formats, where the service has its own. SCHEMAS are harmless where they name ours.
 HARMLESS = """
-applicationname charset commandtimeout connecttimeout connectionlimit connectiontimeoutmillis
-connhealthchecks connmaxage encoding idletimeout idletimeoutmillis max maxlifetime maxoverflow min
-pgbouncer pool poolpreping poolrecycle poolsize pooltimeout prepare preparedstatementcachesize
-preparethreshold querytimeout serverversion sockettimeout statementcachesize statementtimeout supa
-timeout timezone uselibpqcompat workaround
+applicationname atomicrequests charset commandtimeout connectionlimit connectiontimeoutmillis
+connecttimeout connhealthchecks connmaxage disableserversidecursors encoding engine
+idleintransactionsessiontimeout idletimeout idletimeoutmillis keepalive locktimeout max
+maxcacheablestatementsize maxcachedstatementlifetime maxlifetime maxoverflow min pgbouncer pool
+poolpreping poolrecycle poolsize pooltimeout prepare preparedstatementcachesize
+preparedstatementnamefunc preparethreshold querytimeout serverversion sockettimeout
+statementcachesize statementtimeout supa timeout timezone uselibpqcompat workaround
 """.split()  # noqa: SIM905
 SCHEMAS = {"schema", "currentschema", "searchpath"}
-SSLMODES = {"true": "require", "1": "require", "no-verify": "require", "false": "disable"}
+SSLMODES = {"true": "require", "1": "require", "no-verify": "require"}  # of `ssl`
+SSLMODES |= {"false": "disable", "0": "disable"}
 MALFORMED = (
     "DATABASE_URL is not of the form postgresql://user:password@host/database: write @ in a name"
     " or a password as %40, / as %2F, : as %3A, & as %26 and % as %25"

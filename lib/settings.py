@@ -30,6 +30,7 @@ class BaseSettings(pydantic_settings.BaseSettings):
     )
 
     # env_ignore_empty would let .env win over an empty value, and str_strip_whitespace keep quotes.
+    # Defaults are not validated, so `value` is what the environment or .env holds.
     @field_validator("*", mode="before")
     @classmethod
     def clean(cls, value: str, info: ValidationInfo) -> Any:
