@@ -1,9 +1,8 @@
 """Tells whether waiting cures an error of connecting.
 
 What is not listed here is waited for: DNS may know a name only when the database has started.
-PostgreSQL's errors are in many languages, so they are known by SQLSTATE. When a connection is
-refused, libpq tells the SQLSTATE in its trace only. psycopg cannot trace a connection from its
-first byte, so explain() connects once more by libpq's own functions.
+PostgreSQL's errors are in many languages, so they are known by SQLSTATE. libpq shows the one of a
+refused connection in its trace only, and psycopg does not trace, so explain() connects once more.
 """
 
 import asyncio

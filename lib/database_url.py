@@ -19,12 +19,11 @@ LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 # formats, where the service has its own. SCHEMAS are harmless where they name ours.
 HARMLESS = """
 applicationname atomicrequests charset commandtimeout connectionlimit connectiontimeoutmillis
-connecttimeout connhealthchecks connmaxage disableserversidecursors encoding engine
-idleintransactionsessiontimeout idletimeout idletimeoutmillis keepalive locktimeout max
-maxcacheablestatementsize maxcachedstatementlifetime maxlifetime maxoverflow min pgbouncer pool
-poolpreping poolrecycle poolsize pooltimeout prepare preparedstatementcachesize
-preparedstatementnamefunc preparethreshold querytimeout serverversion sockettimeout
-statementcachesize statementtimeout supa timeout timezone uselibpqcompat workaround
+connecttimeout connhealthchecks connmaxage disableserversidecursors encoding engine idletimeout
+idletimeoutmillis keepalive locktimeout max maxcachedstatementlifetime maxlifetime maxoverflow min
+pgbouncer pool poolpreping poolrecycle poolsize pooltimeout prepare preparedstatementcachesize
+preparethreshold querytimeout serverversion sockettimeout statementcachesize statementtimeout supa
+timeout timezone uselibpqcompat workaround
 """.split()  # noqa: SIM905
 SCHEMAS = {"schema", "currentschema", "searchpath"}
 SSLMODES = {"true": "require", "1": "require", "no-verify": "require"}  # of `ssl`

@@ -44,7 +44,7 @@ Networks = Annotated[list[IPvAnyNetwork], NoDecode, BeforeValidator(re.compile(r
 
 class Settings(BaseSettings):
     client_ip_header: str = Field("X-Forwarded-For", pattern=r"^[\w!#$%&'*+.^`|~-]+$")
-    forwarded_allow_ips: Networks = Field(PROXIES, validate_default=True)
+    forwarded_allow_ips: Networks = Field(PROXIES)
 
 
 settings = Settings.load()

@@ -26,14 +26,15 @@ class BaseSettings(pydantic_settings.BaseSettings):
     """The base of a module's settings. A field's name in upper case is the variable's."""
 
     model_config = pydantic_settings.SettingsConfigDict(
-        env_file=ENV_FILE, env_file_encoding="utf-8-sig", extra="ignore", validate_default=False
+        env_file=ENV_FILE, env_file_encoding="utf-8-sig", extra="ignore", frozen=True
     )
 
     # env_ignore_empty would let .env win over an empty value, and str_strip_whitespace keep quotes.
-    # Defaults are not validated, so `value` is what the environment or .env holds.
     @field_validator("*", mode="before")
     @classmethod
-    def clean(cls, value: str, info: ValidationInfo) -> Any:
+    def clean(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str):  # a default
+            return value
         text = re.sub(r"^(['\"])(.*)\1$", r"\2", value.strip(), flags=re.DOTALL).strip()
         if re.search(r"[\r\n]", re.sub(r"\s*,\s*", ",", text)):  # a list may have one at a comma
             raise ValueError("has a line break in it")
