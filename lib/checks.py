@@ -74,8 +74,8 @@ async def check_statements(
 async def check_statement(connection: AsyncConnection, statement: Statement, refusal: str) -> None:
     """A table, column, function, unique index or privilege that it lacks.
 
-    EXPLAIN looks for all of these, and does not run it. PREPARE looks for no index and no
-    privilege. `refusal` says why the schema was not applied.
+    EXPLAIN looks for these and does not run it. PREPARE looks for no index and no privilege.
+    `refusal` says why the schema was not applied.
     """
     text = statement.text.decode()
     tables = re.findall(r"\b\w+\.\w+", text)

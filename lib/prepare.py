@@ -23,7 +23,6 @@ from pgpipeline import Statement
 
 STARTUP_TIMEOUT = 30.0  # seconds that a start may wait
 QUIET = 3.0  # seconds after which it logs what it waits for
-
 APPLYING = "the schema is being applied"
 
 # An ALTER that waits for a lock stops every session behind it, so it waits for 2 s at a time. One
@@ -67,7 +66,7 @@ class Start:
         self.conninfo, self.table, self.statements = conninfo, table, statements
         self.schema, self.reported = schema.read_bytes(), set[str]()
         self.state = "the start waits for a connection"
-        self.limit = asyncio.timeout(STARTUP_TIMEOUT)  # that a migration lifts
+        self.limit = asyncio.timeout(STARTUP_TIMEOUT)  # a migration lifts it
         self.deadline = self.limit.when()
 
     def report(self, level: int = logging.WARNING) -> None:
@@ -110,7 +109,7 @@ class Start:
         try:
             async with connection.transaction():
                 [(comment,)] = await (await connection.execute(COMMENT, [self.table])).fetchall()
-                if digest in comment:  # if it is not the last one, a newer release has followed
+                if digest in comment:  # behind it may be those of newer releases
                     return ""
                 self.state = APPLYING
                 self.report(logging.INFO)
