@@ -40,6 +40,8 @@ HERE = Path(__file__).parent
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ruff and uvicorn come first
 SECRET = "a secret of the tests, thirty-two bytes and more"
 SETTINGS = re.findall(r"^(\w+)=", (HERE / ".env.example").read_text(), re.M)
+ORIGINS = "tauri://localhost, HTTPS://App.Example:443, https://b\xfccher.example, "
+ORIGINS += "https://*.vercel.app, https://todo-*.netlify.app, http://[0::1]:3000, app://x.y:443"
 NOBODYS_ID = "01a00000-0000-7000-8000-000000000000"
 Task = dict[str, Any]
 Account = dict[str, str]
@@ -221,7 +223,7 @@ def start(database: str, **settings: str) -> subprocess.CompletedProcess[str]:
 def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The service that most tests talk to. No test may make it log an error."""
     log = tmp_path_factory.mktemp("log") / "log"
-    with serving(database, log, CORS_ORIGINS="https://app.example") as server:
+    with serving(database, log, CORS_ORIGINS=ORIGINS) as server:
         yield server
     assert server.failures() == []
 

@@ -513,11 +513,9 @@ def test_head_answers_like_get_without_the_body(api: Client, path: str) -> None:
     ("path", "allow"),
     [
         ("/tasks", "GET, HEAD, POST"),
-        ("/api/me/tasks", "GET, HEAD, POST"),
         (f"/tasks/{NOBODYS_ID}", "DELETE, GET, HEAD, PATCH, PUT"),
         (f"/api/me/tasks/{NOBODYS_ID}/toggle", "PATCH, POST"),
         ("/auth/login", "POST"),
-        ("/health", "GET, HEAD"),
         ("/docs", "GET, HEAD"),
     ],
 )
@@ -566,11 +564,8 @@ def test_a_plain_request_id_is_taken_over_and_any_other_replaced(api: Client, id
     ("method", "path", "options", "status"),
     [
         ("GET", "/tasks", {}, 200),
-        ("GET", "/nothing", {}, 404),
         ("GET", "/tasks", {"headers": {"Authorization": "Bearer x"}}, 401),
-        ("TRACE", "/tasks", {}, 405),
         ("POST", "/tasks", {"content": b"x" * 200_000}, 413),
-        ("POST", "/tasks", {"json": {}}, 422),
     ],
 )
 def test_an_allowed_origin_may_read_every_answer(
@@ -598,8 +593,7 @@ def test_a_page_of_an_allowed_origin_may_read_every_header_of_ours(api: Client) 
     assert set(exposed.split(", ")) == set((ours + "WWW-Authenticate X-Request-ID").split())
 
 
-CONFIGURED = "tauri://localhost, HTTPS://App.Example:443, https://b\xfccher.example, "
-CONFIGURED += "https://*.vercel.app, https://todo-*.netlify.app, http://[0::1]:3000, app://x.y:443"
+# What conftest.ORIGINS lets through, and what it does not.
 ALLOWED = ["tauri://localhost", "https://app.example", "https://xn--bcher-kva.example"]
 ALLOWED += ["https://a-b1.vercel.app", "https://todo-x.netlify.app", "http://[::1]:3000"]
 ALLOWED += ["app://x.y:443"]
@@ -608,21 +602,14 @@ FOREIGN += ["https://a.b.vercel.app", "https://.vercel.app", "https://a.vercel.a
 FOREIGN += ["https://evil.example/.vercel.app", "https://x.netlify.app", "https://xvercel.app"]
 
 
-@pytest.fixture(scope="module")
-def configured(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("log") / "log"
-    with serving(database, log, CORS_ORIGINS=CONFIGURED) as server:
-        yield server
-
-
 @parametrize("origin", [*ALLOWED, *FOREIGN])
-def test_an_origin_is_allowed_by_its_setting_and_no_other(configured: Server, origin: str) -> None:
-    answer = get(configured.url + "/health", headers={"Origin": origin})
+def test_an_origin_is_allowed_by_its_setting_and_no_other(public: Client, origin: str) -> None:
+    answer = public.get("/health", headers={"Origin": origin})
     allowed = answer.headers.get("access-control-allow-origin")
     assert allowed == (origin if origin in ALLOWED else None)
 
 
-@parametrize("name", ["configured", "federated"])  # some origins, and none
+@parametrize("name", ["server", "federated"])  # some origins, and none
 def test_a_refused_preflight_names_the_setting(request: pytest.FixtureRequest, name: str) -> None:
     asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "GET"}
     server: Server = request.getfixturevalue(name)
