@@ -497,6 +497,7 @@ def test_a_root_path_is_kept_and_aliases_are_found_below_it(database: str, tmp_p
     with serving(database, tmp_path / "log", below) as server, client(server) as api:
         made = [api.post("/todos", json={"title": "x"}) for _ in range(2)]
         shown, docs = api.get("/api/me/todos?limit=1"), api.get("/").json()["docs"]
+        assert api.post("/todos", data={"title": "x"}).status_code == 415
     assert made[0].headers["location"] == f"/svc/todos/{made[0].json()['id']}"
     assert (shown.json(), docs) == ([made[1].json()], "/svc/docs")
     assert shown.links["next"]["url"].startswith("/svc/api/me/todos?limit=1&after=")

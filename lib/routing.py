@@ -46,7 +46,7 @@ CALLS: dict[Any, Call] = {}  # by function: most have several routes
 
 
 class PreparedRoutes:
-    """Serves the routes that are prepared. Others, 404, 405, root paths, traces are FastAPI's."""
+    """Serves the routes that are prepared. Others, 404, 405, traces are FastAPI's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -61,10 +61,10 @@ class PreparedRoutes:
                 calls = prepare(route)
                 for method in route.methods or ():
                     self.routes.setdefault(method, []).append((route, calls))
-        elif not (scope["root_path"] or app.dependency_overrides or "fastapi.telemetry" in scope):
-            # A WebSocket has no method.
-            for route, calls in self.routes.get(scope.get("method", ""), ()):
-                if found := route.path_regex.match(scope["path"]):
+        elif not (app.dependency_overrides or "fastapi.telemetry" in scope):
+            path = scope["path"].removeprefix(scope["root_path"])
+            for route, calls in self.routes.get(scope.get("method", ""), ()):  # WebSocket: ""
+                if found := route.path_regex.match(path):
                     scope["route"], scope["path_params"] = route, found.groupdict()
                     if calls:
                         return run(calls, scope, receive, send)
