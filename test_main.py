@@ -796,9 +796,9 @@ def test_a_password_of_8_to_128_characters_logs_in_and_one_that_differs_at_its_e
         sent = [("register", account), ("login", account), ("login", wrong)]
         return [public.post("/auth/" + name, json=body).status_code for name, body in sent]
 
-    passwords = ["п" * 40, "\U0001f9c0" * 128, "x" * 8, "nul\0inside"]
+    passwords = ["п" * 40, "\U0001f9c0" * 128, "nul\0in 8"]
     with ThreadPoolExecutor(2) as pool:  # as many as are hashed at once
-        assert list(pool.map(use, passwords)) == [[201, 200, 401]] * 4
+        assert list(pool.map(use, passwords)) == [[201, 200, 401]] * 3
 
 
 def test_the_document_says_which_passwords_are_taken(public: Client) -> None:
