@@ -5,6 +5,7 @@ from time import monotonic, time
 from typing import Any
 
 import psycopg
+from psycopg import waiting
 from psycopg.generators import fetch
 from psycopg.pq import ExecStatus
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
@@ -43,7 +44,8 @@ class Connection(psycopg.AsyncConnection[Any]):
     async def ping(self, seconds: float) -> None:
         """Sends a Sync, which is a round trip without a query. Raises psycopg.Error if it fails."""
         self.pgconn.pipeline_sync()  # which libpq writes at once
-        answer = await self.wait(fetch(self.pgconn), timeout=seconds)
+        # Connection.wait(), if cancelled, would wait for up to 10 s for a server that has vanished.
+        answer = await waiting.wait_async(fetch(self.pgconn), self.pgconn.socket, timeout=seconds)
         if not answer or answer.status != ExecStatus.PIPELINE_SYNC:  # such as the session's end
             raise psycopg.OperationalError("another answer than a Sync's")
 
@@ -65,9 +67,20 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
             open=False,
         )
         self.drained_at = float("-inf")  # on the clock of time.monotonic()
+        self.needed = 0  # by callers of acquire() who have none
 
-    async def acquire(self) -> Connection:
-        """Waits for a connection that works. Raises PoolClosed, also before open()."""
+    async def acquire(self, has_some: bool = False) -> Connection:
+        """Waits for a connection that works. Raises PoolClosed, also before open().
+
+        Who has some already does not ask others to release theirs.
+        """
+        self.needed += not has_some
+        try:
+            return await self.acquire_live()
+        finally:
+            self.needed -= not has_some
+
+    async def acquire_live(self) -> Connection:
         while True:
             try:
                 connection = await self.getconn(timeout=1)

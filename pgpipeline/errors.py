@@ -30,6 +30,7 @@ class UnexpectedError(Exception):
 CONFLICTS = (postgres.SerializationFailure, postgres.DeadlockDetected)
 RETRYABLE = (
     *CONFLICTS,
+    postgres.ReadOnlySqlTransaction,  # since a failover, by a server that is a standby
     postgres.DuplicatePreparedStatement,
     postgres.InvalidSqlStatementName,  # after DEALLOCATE ALL, or if its Parse was refused before
 )
@@ -37,14 +38,9 @@ SHUTDOWN = (postgres.AdminShutdown, postgres.IdleSessionTimeout)
 
 
 def ends_session(error: postgres.Error) -> bool:
-    """Whether a connection serves no more: PostgreSQL shuts it down, or is a standby by now.
-
-    A function may raise the SQLSTATE of a shutdown, and a shard may pass its own on: then the
-    session lives, and executes what was sent. The severity tells them apart.
-    """
-    if isinstance(error, SHUTDOWN):
-        return error.diag.severity_nonlocalized == "FATAL"
-    return isinstance(error, postgres.ReadOnlySqlTransaction)
+    """Whether PostgreSQL ends the session in good order. A function may raise the same SQLSTATE,
+    and a shard may pass its own on: then the session lives, and executes what was sent."""
+    return isinstance(error, SHUTDOWN) and error.diag.severity_nonlocalized == "FATAL"
 
 
 def is_outdated(error: postgres.Error) -> bool:
@@ -71,7 +67,12 @@ def error_of(name: str, error: postgres.Error) -> Exception:
         return ForeignKeyViolation(error.diag.constraint_name)
     if sqlstate[:2] == "22" or sqlstate in {"23514", "23502"}:
         return InvalidValue(sqlstate)
-    if sqlstate[:2] in {"08", "40", "53", "57"} or sqlstate in {"25006", "55P03", "26000", "42P05"}:
+    if sqlstate[:2] in {"08", "40", "53", "57", "58"} or sqlstate in {
+        "25006",
+        "55P03",
+        "26000",
+        "42P05",
+    }:
         return Unavailable(f"{name}: {sqlstate}")
     text = error.diag.message_primary if sqlstate[:2] == "42" else ""
     return UnexpectedError(f"{name}: {sqlstate} {text}".strip())

@@ -28,8 +28,8 @@ class State(IntEnum):
     """What a pipeline does with its connection. README.md has the diagram."""
 
     ACTIVE = 1  # takes queries
-    DRAINING = 2  # takes no more queries, and then releases its connection
-    BROKEN = 3  # takes no more queries, and then closes its connection
+    DRAINING = 2  # takes no more queries, and releases its connection when none is under way
+    BROKEN = 3  # as DRAINING, but closes it
 
 
 class Pipeline:
@@ -40,10 +40,11 @@ class Pipeline:
 
     def __init__(self, pool: "PipelinePool", connection: Connection) -> None:
         self.pool, self.connection, self.state = pool, connection, State.ACTIVE
-        self.protocol, self.socket = Protocol(connection), connection.pgconn.socket
+        self.protocol = Protocol(connection.pgconn, connection.prepared)
+        self.socket = connection.pgconn.socket
         self.sent = self.protocol.sent
         self.patience = SLOW + connection.round_trip  # seconds until the first of them is slow
-        self.cancelled: Query | None = None  # the last one that was
+        self.cancelled: Query | None = None  # until an answer tells that something was
         # Done when nothing more will come: with an error if the connection is lost.
         self.end: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         # On the clock of time.monotonic():
@@ -89,19 +90,14 @@ class Pipeline:
                 remove(self.socket)
         self.end.set_result(error)
 
-    def drain(self) -> None:
-        """Takes no more queries, and ends when none is under way."""
-        self.advance(State.DRAINING)
-        self.step()
-
     async def release(self) -> None:
         """Releases the connection. One that is BROKEN is closed."""
         self.finish()  # it has not been called if this task was cancelled
         try:
             if self.state is State.BROKEN:
                 await self.connection.close()
-                if self.end.result():
-                    await self.pool.drain()  # the other connections may be lost as well
+                if not self.pool.is_closed:  # others may be lost as well, or lead to a standby too
+                    await self.pool.connections.drain()
         finally:  # this task may be cancelled once more
             self.pool.give_back(self, self.end.result())
             await self.pool.connections.release(self.connection)
@@ -137,6 +133,11 @@ class Pipeline:
                 self.waiting_since = self.pool.last_answer = now
                 self.pool.queue.ended(query, self, quickly)
                 self.pool.settle(query, outcome, self.cancelled)
+                if isinstance(outcome, postgres.ReadOnlySqlTransaction):
+                    self.advance(State.BROKEN)
+                    self.pool.drain()
+                if isinstance(outcome, postgres.QueryCanceled):
+                    self.cancelled = None
         except Exception as error:
             self.finish(error)
         if self.state is not State.ACTIVE and not self.sent:
@@ -159,7 +160,8 @@ class Pipeline:
         is_idle = not self.sent and now - self.waiting_since > SLOW
         is_old = now - self.active_since > MAX_HOLD
         if is_idle or is_old or self.pool.is_connection_wanted():
-            self.drain()
+            self.advance(State.DRAINING)
+            self.step()  # which ends it if nothing is under way
         if self.end.done() or not self.is_silent(now):
             return
         query, queue = self.sent[0], self.pool.queue
@@ -172,6 +174,8 @@ class Pipeline:
         holds_up = is_over and (len(self.sent) > 1 or queue.is_held_up(self))
         if holds_up or query.result.done():
             self.cancelled, self.cancelled_at = query, now
-            # What comes of it is seen in the answer to the query, which may have ended meanwhile.
-            with suppress(postgres.Error, OSError):
+            try:
                 await self.connection.cancel_safe(timeout=CANCEL_TIMEOUT)
+            except (postgres.Error, OSError):
+                # It may still be on its way to a query of whoever acquires the connection next.
+                self.advance(State.BROKEN)

@@ -19,6 +19,7 @@ from pgpipeline.statement import Statement, Value, encode
 QUERY_TIMEOUT = 5.0  # seconds until a query has failed, wherever it has spent them
 MAX_ATTEMPTS = 3  # to execute a query
 MAX_CONFLICTS = 10  # attempts, where they end in a conflict with another transaction
+OPENING = 0.3  # seconds that others wait for a pipeline that opens
 PAUSE = 0.005  # seconds: a pause after a conflict is up to twice that, and doubles each time
 
 # A context for the time that a statement takes, as tracers have it.
@@ -37,7 +38,7 @@ class PipelinePool:
         self.queue = Queue(size)
         self.pipelines: list[Pipeline] = []
         self.tasks: set[asyncio.Task[None]] = set()  # of pipelines, and one to come
-        self.last_answer = float("-inf")  # on the clock of time.monotonic()
+        self.last_answer = self.opened_at = float("-inf")  # on the clock of time.monotonic()
         self.is_scheduled = self.is_closed = False
 
     async def execute(
@@ -110,7 +111,8 @@ class PipelinePool:
     def fill(self, pipelines: list[Pipeline]) -> None:
         """Sends queries where the fewest are under way, until no more may be sent."""
         # While another pipeline opens, a tenant who waits for it is not sent behind a burst.
-        depth = min(self.depth, FEW) if self.is_opening() else self.depth
+        is_soon = self.is_opening() and monotonic() - self.opened_at < OPENING
+        depth = min(self.depth, FEW) if is_soon else self.depth
         while pipelines and self.queue.waiting:
             pipeline = min(pipelines, key=lambda pipeline: len(pipeline.sent))
             if len(pipeline.sent) >= depth:
@@ -130,10 +132,10 @@ class PipelinePool:
 
     def open_pipeline(self) -> None:
         """Opens a pipeline, unless there are enough or one waits for its connection already."""
-        # A tenant alone may not use the last one (rule 4). Beside a slow one it is for others.
-        is_shared = len(self.queue.tenants) > 1 or self.queue.slow
-        size = self.size if is_shared else max(self.size - 1, 1)
+        # A tenant alone may not use the last one (rule 4).
+        size = self.size if len(self.queue.tenants) > 1 else max(self.size - 1, 1)
         if len(self.tasks) < size and not self.is_opening():
+            self.opened_at = monotonic()
             task = asyncio.create_task(self.run_pipeline())
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
@@ -142,7 +144,8 @@ class PipelinePool:
     async def run_pipeline(self) -> None:
         """The life of a pipeline. After one that has failed, the next one is opened later."""
         try:
-            pipeline = Pipeline(self, await self.connections.acquire())
+            has_some = bool(self.pipelines)
+            pipeline = Pipeline(self, await self.connections.acquire(has_some))
             self.pipelines.append(pipeline)
             try:
                 await pipeline.run()
@@ -153,15 +156,14 @@ class PipelinePool:
             await asyncio.sleep(1)
 
     def is_connection_wanted(self) -> bool:
-        """Whether more wait for a connection than pipelines acquire one or will release one."""
-        active = sum(each.state is State.ACTIVE for each in self.pipelines)
-        return self.connections.get_stats()["requests_waiting"] > len(self.tasks) - active
+        """Whether more callers need a connection than pipelines will release one."""
+        ending = sum(each.state is not State.ACTIVE for each in self.pipelines)
+        return self.connections.needed > ending
 
-    async def drain(self) -> None:
-        """Replaces all connections, because they may be lost, or lead to a standby."""
+    def drain(self) -> None:
+        """Ends all pipelines, because since a failover each may lead to a standby."""
         for pipeline in self.pipelines:
-            pipeline.drain()
-        await self.connections.drain()
+            pipeline.advance(State.DRAINING)
 
     # Settling queries...
 
@@ -187,15 +189,15 @@ class PipelinePool:
 
     def give_back(self, pipeline: Pipeline, error: Exception | None) -> None:
         """Sends again what has had no answer, by other pipelines, or fails it."""
-        is_refused = isinstance(error, postgres.ReadOnlySqlTransaction)  # the first of them
         for query in pipeline.sent:
             self.queue.ended(query, pipeline, quickly=False)
             lost = Unavailable("connection lost")
-            if query.statement.reads_only or is_refused or isinstance(error, errors.SHUTDOWN):
+            if not (query.statement.reads_only or isinstance(error, errors.SHUTDOWN)):
+                query.settle(lost)  # a write that may have been executed already
+            elif query is pipeline.sent[0]:
                 self.retry(query, lost)
-            else:  # a write that may have been executed already
-                query.settle(lost)
-            is_refused = False
+            else:  # the first one may have caused the loss: this one has had no attempt
+                self.put(query)
 
     def retry(self, query: Query, error: Exception, conflict: bool = False) -> None:
         """Queues a query for another attempt, or gives it its error after too many."""

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 
 import psycopg.errors as postgres
 from psycopg.pq import ExecStatus
-from psycopg.pq.abc import PGresult
+from psycopg.pq.abc import PGconn, PGresult
 
 from pgpipeline import errors
-from pgpipeline.connection import Connection
 from pgpipeline.queue import Query
 from pgpipeline.result import Result
 
@@ -22,10 +21,10 @@ SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 
 
 class Protocol:
-    """The queries under way on one connection."""
+    """The queries under way on one connection, and the names it has prepared."""
 
-    def __init__(self, connection: Connection) -> None:
-        self.pgconn, self.prepared = connection.pgconn, connection.prepared
+    def __init__(self, pgconn: PGconn, prepared: set[bytes]) -> None:
+        self.pgconn, self.prepared = pgconn, prepared
         self.sent: deque[Query] = deque()  # in the order of their answers
         self.answer: Result | Exception | None = None  # to the first of them, until its Sync comes
 
@@ -76,6 +75,8 @@ class Protocol:
             pass  # the query was skipped: the answer is the error of its Parse, which came before
         elif status == ExecStatus.COMMAND_OK and not result.command_status:
             pass  # the statement is prepared, and the query not yet executed
+        elif result.command_status in (b"BEGIN", b"START TRANSACTION"):
+            raise postgres.NotSupportedError("a transaction of several statements")
         elif status in SUCCESS:
             try:
                 self.answer = Result(result)

@@ -42,7 +42,7 @@ class Query:
     tenant_name: str
     result: asyncio.Future[Result]
     tenant: Tenant = field(init=False)  # set when it is queued
-    place: int = 0  # among all queries, those with the lowest first
+    place: int = -1  # among all queries, those with the lowest first. Below 0: not queued yet
     attempts: int = 1
     sent_by_name: bytes = b""  # of the prepared statement
 
@@ -77,7 +77,7 @@ class Queue:
         name = query.tenant_name
         tenant = self.tenants.get(name) or self.tenants.setdefault(name, Tenant(name))
         query.tenant, line = tenant, tenant.line
-        if query.attempts == 1:  # one that is sent again keeps its place
+        if query.place < 0:  # one that is sent again keeps its place
             # Places of queries never sent do not count: their callers have left.
             last = max(tenant.last_place, line[-1].place if line else -STEP)
             query.place = max(self.next_place, last + STEP)
@@ -148,7 +148,8 @@ class Queue:
         if len(tenant.under_way) >= FEW and any(rivals):  # rule 2
             return False
         most = self.size - 2 if used else self.size - 1  # pipelines, by rule 4
-        return pipeline in tenant.under_way or len(set(tenant.under_way)) < most
+        mine = set(tenant.under_way)
+        return pipeline in mine or len(mine - used) < most  # not those that wait behind a slow one
 
     def ended(self, query: Query, pipeline: Hashable, quickly: bool) -> None:
         """Notes that a query is no longer under way."""

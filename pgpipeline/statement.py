@@ -41,8 +41,8 @@ class Statement:
         """
         self.generation += 1
         digest = hashlib.sha256(self.text).hexdigest()[:16]
-        # PostgreSQL would cut the name after 63 bytes.
-        self.prepared_name = f"{self.name:.40}_{digest}_{self.generation}".encode()
+        # PostgreSQL would cut the whole after 63 bytes.
+        self.prepared_name = self.name.encode()[:40] + f"_{digest}_{self.generation}".encode()
 
 
 def encode(value: Value) -> bytes | None:

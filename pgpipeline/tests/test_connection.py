@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import LiteralString
+from unittest.mock import AsyncMock
 
 import psycopg
 import pytest
@@ -71,6 +72,19 @@ async def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
     value(table, END[how])
     assert (await query).rows == [(b"1",)]
     assert value(table, "SELECT count(*) FROM stored") == 1
+    assert how == "terminate" or not pipeline.cancelled  # that one has come
+
+
+async def test_a_connection_is_closed_to_which_a_cancellation_may_still_be_on_its_way(
+    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = AsyncMock(side_effect=psycopg.errors.CancellationTimeout)
+    monkeypatch.setattr(Connection, "cancel_safe", late)
+    query = await start(pool, "SELECT 1 FROM pg_sleep(0.6)")
+    [pipeline] = pool.pipelines
+    query.cancel()
+    await asyncio.sleep(0.8)
+    assert pipeline.connection.closed
 
 
 async def test_a_write_that_met_the_end_of_an_idle_session_is_made_once(table: str) -> None:
@@ -182,7 +196,7 @@ async def test_a_session_that_was_changed_fails_nothing(table: str, sql: str) ->
         assert (await ask(pool, listed)).rows == [(b"2",)]  # that one, and this one
 
 
-async def test_a_write_is_made_though_all_connections_lead_to_a_standby(table: str) -> None:
+async def test_writes_are_made_though_all_connections_lead_to_a_standby(table: str) -> None:
     standby = make_conninfo(table, options="-c default_transaction_read_only=on")
     servers = iter([standby] * 8)
     async with ConnectionPool(lambda: next(servers, table), max_size=8) as connections:
@@ -191,18 +205,32 @@ async def test_a_write_is_made_though_all_connections_lead_to_a_standby(table: s
         calls = [ask(pool, "SELECT 1 FROM pg_sleep(0.01)", f"{n}") for n in range(100)]
         await asyncio.gather(*calls)
         assert len(pool.pipelines) == 3
-        assert (await ask(pool, "INSERT INTO stored VALUES (1) RETURNING n")).rows == [(b"1",)]
+        insert = "INSERT INTO stored VALUES (%(n)s::integer)"
+        await asyncio.gather(*[ask(pool, insert, f"{n}", n=n) for n in range(10)])
         await pool.close()
+    assert value(table, "SELECT count(*) FROM stored") == 10
+
+
+async def test_a_query_that_ends_its_session_costs_those_behind_it_no_attempt(table: str) -> None:
+    ends = "SELECT pg_terminate_backend(pg_backend_pid()) FROM pg_sleep(0.05)"
+    async with pool_of(table, size=1) as pool:
+        poison = asyncio.create_task(ask(pool, ends))
+        await asyncio.sleep(0)
+        calls = [ask(pool, "INSERT INTO stored VALUES (%(n)s::integer)", n=n) for n in range(9)]
+        await asyncio.gather(*calls)
+        with pytest.raises(Unavailable):
+            await poison
+    assert value(table, "SELECT count(*) FROM stored") == 9
 
 
 async def test_a_database_that_refuses_each_write_costs_few_connections(table: str) -> None:
     standby = make_conninfo(table, options="-c default_transaction_read_only=on")
     async with pool_of(standby) as pool:
         await open_all(pool)
-        for _ in range(4):
+        for _ in range(40):
             with pytest.raises(Unavailable):
                 await ask(pool, "INSERT INTO stored VALUES (1) RETURNING n")
-        assert pool.connections.get_stats()["connections_num"] < 35
+        assert pool.connections.get_stats()["connections_num"] < 200
 
 
 async def test_a_mistake_in_our_code_is_logged_with_its_traceback(
@@ -272,6 +300,20 @@ async def test_connections_that_were_idle_for_long_and_whose_peers_vanished_fail
         assert (await ask(pool, SLOW_INSERT)).rows == [(b"1",)]
 
 
+async def test_a_pool_is_closed_at_once_while_a_peer_that_vanished_is_pinged(
+    pool: PipelinePool,
+) -> None:
+    await open_all(pool)
+    for connection in pool.connections._pool:
+        connection.last_used -= 20
+    with dead_peers(pool):
+        query = await start(pool, "SELECT 1")
+        async with asyncio.timeout(0.5):
+            await pool.close()
+        with pytest.raises(Unavailable):
+            await query
+
+
 async def test_an_idle_connection_whose_next_answer_is_not_the_pings_is_not_used(
     pool: PipelinePool,
 ) -> None:
@@ -315,9 +357,9 @@ async def test_without_connections_queries_fail_by_the_deadline_and_nothing_spin
     pool, tries = PipelinePool(connections, 2, 16), list[object]()
     acquire, getconn = ConnectionPool.acquire, ConnectionPool.getconn
 
-    async def count_acquire(self: ConnectionPool) -> Connection:
+    async def count_acquire(self: ConnectionPool, has_some: bool) -> Connection:
         tries.append(self)
-        return await acquire(self if why != "broken" else None)  # type: ignore[arg-type]
+        return await acquire(self if why != "broken" else None, has_some)  # type: ignore[arg-type]
 
     async def count_getconn(self: ConnectionPool, **given: float) -> Connection:
         tries.append(self)

@@ -89,9 +89,12 @@ async def test_a_query_whose_result_cannot_be_made_fails_at_once(database: str) 
     assert one.rows == other.rows == [(b"1",)]
 
 
-async def test_a_copy_fails_and_hangs_nothing(pool: PipelinePool) -> None:
+@pytest.mark.parametrize("sql", ["COPY (SELECT 1) TO STDOUT", "BEGIN", "START TRANSACTION"])
+async def test_what_takes_more_than_a_statement_fails_and_hangs_nothing(
+    pool: PipelinePool, sql: str
+) -> None:
     with pytest.raises(Unavailable):
-        await ask(pool, "COPY (SELECT 1) TO STDOUT")
+        await ask(pool, sql)
     assert (await ask(pool, "SELECT 1")).rows == [(b"1",)]
 
 
@@ -355,9 +358,9 @@ async def test_the_first_query_of_a_tenant_waits_for_a_pipeline_and_not_behind_a
 ) -> None:
     acquire = ConnectionPool.acquire
 
-    async def acquire_late(connections: ConnectionPool) -> Connection:
+    async def acquire_late(connections: ConnectionPool, has_some: bool) -> Connection:
         await asyncio.sleep(0.1)
-        return await acquire(connections)
+        return await acquire(connections, has_some)
 
     monkeypatch.setattr(ConnectionPool, "acquire", acquire_late)
     async with pool_of(database, size=2) as pool:
@@ -404,6 +407,17 @@ async def test_a_pool_has_so_many_pipelines_and_each_so_many_queries(
             await asyncio.sleep(0)
     assert max(n for n, _ in seen) == pipelines
     assert max(longest for _, longest in seen) == depth
+
+
+async def test_a_pool_with_too_few_connections_keeps_and_fills_its_pipelines(database: str) -> None:
+    async with pool_of(database, size=3, max_size=1) as pool:
+        with users(pool, "abcdefgh", "SELECT 1 FROM pg_sleep(0.001)", at_once=4):
+            await asyncio.sleep(0.3)
+            [pipeline], lengths = pool.pipelines, set[int]()
+            for _ in range(150):  # 1.5 seconds
+                await asyncio.sleep(0.01)
+                lengths.add(len(pipeline.sent))
+            assert (pool.pipelines, max(lengths)) == ([pipeline], 16)
 
 
 @pytest.mark.parametrize(("size", "depth"), [(0, 1), (1, 0)])

@@ -85,6 +85,15 @@ async def test_slow_tenants_have_one_query_each_on_pipelines_without_others() ->
     assert [names(take(queue, pipeline)) for pipeline in range(4)] == ["", "", "c", ""]
 
 
+async def test_who_waits_behind_a_slow_tenant_may_use_another_pipeline() -> None:
+    queue = Queue(size=3)
+    slow, _ = append(queue, "ab")
+    assert names(take(queue, 1)) == "ab"
+    queue.found_slow(slow.tenant)
+    append(queue, "b")
+    assert names(take(queue, 2)) == "b"
+
+
 async def test_while_others_have_queries_slow_tenants_have_one_pipeline() -> None:
     queue = Queue(size=3)
     for query in append(queue, "abc")[:2]:
