@@ -25,6 +25,7 @@ MAX_CONNECTIONS = min(5_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128
 if MAX_CONNECTIONS < 1:
     raise SystemExit("The service needs more than 128 file descriptors (ulimit -n)")
 MAX_HEAD = 65_536  # bytes of target and headers, or of a trailer. Behind others, twice as many
+MAX_LINES = 256  # of a head or a trailer: short lines take twenty times their bytes in memory
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
 UNSENT = 65_536  # bytes that wait in the kernel for a client, and as many in uvloop's transport
 REFUSAL = b"content-length: 0\r\nconnection: close\r\n\r\n"
@@ -134,13 +135,16 @@ class Protocol(HttpToolsProtocol):
             except HttpParserUpgrade as upgrade:
                 data = self.head_without_upgrade() + piece[upgrade.args[0] :] + data
             except HttpParserError:
-                self.refuse(400)
-            if self.size == MAX_HEAD and not self.refusal:
+                self.refuse(431 if len(self.headers or ()) > MAX_LINES else 400)
+            is_large = self.size == MAX_HEAD or len(self.headers or ()) > MAX_LINES
+            if is_large and not self.refusal:
                 self.refuse(414 if len(self.url) > MAX_HEAD // 2 else 431)
+            if self.refusal and self.headers:
+                self.headers.clear()  # the client may keep the connection for a minute
         self.update()
 
     def on_headers_complete(self) -> None:
-        if len(self.pipeline) >= MAX_PIPELINED:
+        if len(self.pipeline) >= MAX_PIPELINED or len(self.headers) > MAX_LINES:
             raise ValueError  # data_received() refuses
         if self.running and not self.pipeline:
             self.pipeline = deque()

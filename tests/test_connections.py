@@ -84,6 +84,12 @@ def test_a_head_beyond_64_kb_is_refused_in_2_mb(
     assert memory(server) - before < 2
 
 
+@parametrize("end", [b"", b"\r\n"])
+def test_a_head_of_more_than_256_lines_is_refused(server: Server, end: bytes) -> None:
+    assert raw(server, HEALTH + b"A: b\r\n" * 255 + b"\r\n", 1).startswith(b"HTTP/1.1 200 ")
+    assert raw(server, HEALTH + b"A: b\r\n" * 257 + end, 5).startswith(b"HTTP/1.1 431 ")
+
+
 @pytest.mark.slow
 def test_a_head_that_has_not_ended_after_10_seconds_is_closed(server: Server) -> None:
     starts = [b"", b"\r\n", HEALTH, HEALTH + b"\r\n" + HEALTH]
