@@ -54,8 +54,7 @@ def load() -> list[Fault]:
     files = [*sorted(HERE.glob("tests/faults/*.toml")), HERE / "pgpipeline/tests/faults.toml"]
     places = [place for file in files for place in tomllib.loads(file.read_text()).items()]
     return [
-        # The place is the name of the table, or (in older entries) its `at`.
-        Fault(t.get("at", at), t.get("replace", ""), t["with"], t["test"])
+        Fault(at, t.get("replace", ""), t["with"], t["test"])
         for at, tables in places
         for t in tables
     ]
