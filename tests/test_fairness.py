@@ -78,7 +78,7 @@ def test_a_users_600_heavy_requests_at_once_leave_others_quick(
             f"p99 {statistics.quantiles(seconds, n=100)[98]:.3f} max {max(seconds):.3f}",
         )
         assert statistics.median(seconds) < 0.15
-        assert statistics.quantiles(seconds, n=100)[98] < 1.5
+        assert max(seconds) < 1.5
 
 
 @pytest.mark.slow
