@@ -171,8 +171,8 @@ class Pipeline:
                 self.finish(TimeoutError())  # the server or the way to it has gone
             return
         is_over = now - self.waiting_since > STATEMENT_TIMEOUT
-        holds_up = is_over and (len(self.sent) > 1 or queue.is_held_up(self))
-        if holds_up or query.result.done():
+        others_wait = len(self.sent) > 1 or query.tenant.line or queue.is_held_up(self)
+        if query.result.done() or (is_over and others_wait):
             self.cancelled, self.cancelled_at = query, now
             try:
                 await self.connection.cancel_safe(timeout=CANCEL_TIMEOUT)

@@ -207,6 +207,15 @@ async def test_a_slow_query_is_cancelled_when_others_wait(database: str) -> None
         assert time.monotonic() - started < 3  # and not only at the deadline of 5 s
 
 
+async def test_a_slow_query_is_cancelled_when_its_tenant_waits_for_others(
+    pool: PipelinePool,
+) -> None:
+    slow = await start(pool, "SELECT 1 FROM pg_sleep(30)", "ann")
+    await asyncio.sleep(0.2)  # by then rule 3 lets her have one query under way
+    assert await seconds(pool, "SELECT 1", "ann") < 2
+    await outcomes(slow)
+
+
 async def test_a_query_whose_caller_left_is_cancelled(pool: PipelinePool, database: str) -> None:
     query = await start(pool, "SELECT 1 FROM pg_sleep(30)")
     query.cancel()
