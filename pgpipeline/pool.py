@@ -47,8 +47,8 @@ class PipelinePool:
         """Executes a statement in a transaction of its own, when it is the tenant's turn.
 
         Raises the exceptions of errors.py, Unavailable SLOW seconds after QUERY_TIMEOUT at the
-        latest. Of our own code: KeyError for a value that is missing, and UnicodeDecodeError for a
-        column whose name is no UTF-8.
+        latest. Mistakes of the caller are KeyError for a value that is missing, TypeError for one
+        that is no Value, and UnicodeDecodeError for a column whose name is no UTF-8.
         """
         loop = asyncio.get_running_loop()
         encoded = [encode(values[name]) for name in statement.parameters]

@@ -2,6 +2,9 @@
 
 import hashlib
 import re
+from datetime import date, datetime, time
+from decimal import Decimal
+from typing import get_args
 from uuid import UUID
 
 from psycopg import DataError
@@ -10,7 +13,9 @@ from psycopg.adapt import PyFormat, Transformer
 from pgpipeline.errors import InvalidValue
 
 adapt = Transformer()
-Value = str | bool | int | float | UUID | list[str] | list[int] | None
+Scalar = str | bool | int | float | Decimal | UUID | date | time  # datetime is a date
+Value = Scalar | list[str] | list[int] | None
+SCALARS = {datetime, *get_args(Scalar)}
 
 
 class Statement:
@@ -49,13 +54,20 @@ def encode(value: Value) -> bytes | None:
     """A value in PostgreSQL's text format. Raises InvalidValue for a text with a NUL."""
     if value is None:
         return None
-    if isinstance(value, list):  # psycopg quotes the elements of an array
-        try:
-            return bytes(adapt.get_dumper(value, PyFormat.TEXT).dump(value) or b"")
-        except (DataError, UnicodeEncodeError):  # a NUL, or a lone surrogate
-            raise InvalidValue("22021") from None
+    if type(value) not in SCALARS:
+        return encode_array(value)
     # A lone surrogate passes here, and PostgreSQL refuses it: its error names the encoding.
     encoded = str(value).encode(errors="surrogatepass")
     if b"\0" in encoded:  # libpq would send the text up to here
         raise InvalidValue("22021")
     return encoded
+
+
+def encode_array(value: Value) -> bytes:
+    """A list, whose elements psycopg quotes. Raises TypeError for what is of no such type."""
+    if not isinstance(value, list):  # such as bytes or an Enum, which str() writes in Python's way
+        raise TypeError(f"{type(value).__name__} is not a type of Value")
+    try:
+        return bytes(adapt.get_dumper(value, PyFormat.TEXT).dump(value) or b"")
+    except (DataError, UnicodeEncodeError):  # a NUL, or a lone surrogate
+        raise InvalidValue("22021") from None

@@ -3,6 +3,9 @@
 import asyncio
 import json
 import uuid
+from datetime import date
+from enum import Enum
+from typing import Any
 
 import pytest
 
@@ -42,6 +45,7 @@ async def test_text_that_postgresql_cannot_hold_is_an_invalid_value(
         ("bigint", -(2**63)),
         ("double precision", 0.1),
         ("uuid", uuid.UUID(int=7)),
+        ("date", date(2026, 1, 31)),
         ("text[]", HARD),
         ("text[]", []),
         ("integer[]", [1, -2]),
@@ -49,8 +53,20 @@ async def test_text_that_postgresql_cannot_hold_is_an_invalid_value(
 )
 async def test_a_value_arrives_as_it_is(pool: PipelinePool, kind: str, value: Value) -> None:
     result = await ask(pool, f"SELECT %(v)s::{kind} AS v", v=value)
-    sent = str(value) if isinstance(value, uuid.UUID) else value
+    sent = str(value) if isinstance(value, uuid.UUID | date) else value
     assert json.loads(result.json()) == {"v": sent}
+
+
+class Color(str, Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize("value", [b"abc", {"a": 1}, Color.RED])
+async def test_what_python_writes_in_its_own_way_is_a_type_error(
+    pool: PipelinePool, value: Any
+) -> None:
+    with pytest.raises(TypeError, match="is not a type of Value"):
+        await ask(pool, "SELECT %(v)s::text", v=value)
 
 
 async def test_statements_of_one_name_and_two_texts_are_told_apart(pool: PipelinePool) -> None:
