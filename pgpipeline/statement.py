@@ -4,6 +4,7 @@ import hashlib
 import re
 from datetime import date, datetime, time
 from decimal import Decimal
+from enum import Enum
 from typing import get_args
 from uuid import UUID
 
@@ -14,7 +15,7 @@ from pgpipeline.errors import InvalidValue
 
 adapt = Transformer()
 Scalar = str | bool | int | float | Decimal | UUID | date | time  # datetime is a date
-Value = Scalar | list[str] | list[int] | None
+Value = Scalar | Enum | list[str] | list[int] | None
 SCALARS = {datetime, *get_args(Scalar)}
 
 
@@ -55,7 +56,7 @@ def encode(value: Value) -> bytes | None:
     if value is None:
         return None
     if type(value) not in SCALARS:
-        return encode_array(value)
+        return encode_other(value)
     # A lone surrogate passes here, and PostgreSQL refuses it: its error names the encoding.
     encoded = str(value).encode(errors="surrogatepass")
     if b"\0" in encoded:  # libpq would send the text up to here
@@ -63,11 +64,13 @@ def encode(value: Value) -> bytes | None:
     return encoded
 
 
-def encode_array(value: Value) -> bytes:
-    """A list, whose elements psycopg quotes. Raises TypeError for what is of no such type."""
-    if not isinstance(value, list):  # such as bytes or an Enum, which str() writes in Python's way
+def encode_other(value: Value) -> bytes | None:
+    """The value of an Enum's member, or a list. Raises TypeError for what is no Value."""
+    if isinstance(value, Enum):
+        return encode(value.value)
+    if not isinstance(value, list):  # such as bytes, which str() writes as Python does
         raise TypeError(f"{type(value).__name__} is not a type of Value")
-    try:
+    try:  # psycopg quotes the elements
         return bytes(adapt.get_dumper(value, PyFormat.TEXT).dump(value) or b"")
     except (DataError, UnicodeEncodeError):  # a NUL, or a lone surrogate
         raise InvalidValue("22021") from None

@@ -12,6 +12,11 @@ import pytest
 from pgpipeline import InvalidValue, PipelinePool, Statement, Value
 from pgpipeline.tests.conftest import ask
 
+
+class Color(Enum):
+    RED = "red"
+
+
 pytestmark = pytest.mark.anyio
 HARD = ["a,b", 'a "quote"', "NULL", "null", "", " ", "back\\slash", "{}", "{a,b}", "ü\n'", "%(n)s"]
 
@@ -46,6 +51,7 @@ async def test_text_that_postgresql_cannot_hold_is_an_invalid_value(
         ("double precision", 0.1),
         ("uuid", uuid.UUID(int=7)),
         ("date", date(2026, 1, 31)),
+        ("text", Color.RED),
         ("text[]", HARD),
         ("text[]", []),
         ("integer[]", [1, -2]),
@@ -54,14 +60,11 @@ async def test_text_that_postgresql_cannot_hold_is_an_invalid_value(
 async def test_a_value_arrives_as_it_is(pool: PipelinePool, kind: str, value: Value) -> None:
     result = await ask(pool, f"SELECT %(v)s::{kind} AS v", v=value)
     sent = str(value) if isinstance(value, uuid.UUID | date) else value
+    sent = value.value if isinstance(value, Enum) else sent
     assert json.loads(result.json()) == {"v": sent}
 
 
-class Color(str, Enum):
-    RED = "red"
-
-
-@pytest.mark.parametrize("value", [b"abc", {"a": 1}, Color.RED])
+@pytest.mark.parametrize("value", [b"abc", {"a": 1}])
 async def test_what_python_writes_in_its_own_way_is_a_type_error(
     pool: PipelinePool, value: Any
 ) -> None:
