@@ -161,7 +161,7 @@ app = openapi.DocumentedAPI(
         Middleware(middleware.RequestLog),  # an id, and a line in the log
         cors.cors(settings.cors_origins, "CORS_ORIGINS", respond),
         Middleware(middleware.ErrorResponses, respond=respond),  # an exception as JSON
-        Middleware(CanonicalRequest, names=NAMES, unless=CANONICAL),  # as its route
+        Middleware(CanonicalRequest, names=NAMES, canonical=CANONICAL),  # as its route
         Middleware(middleware.BodyLimit),  # 128 KiB in 10 seconds
         Middleware(PreparedRoutes),  # routing like FastAPI's, but faster
     ],

@@ -618,6 +618,15 @@ def test_a_refused_preflight_names_the_setting(request: pytest.FixtureRequest, n
     assert "CORS_ORIGINS" in line_of(server, response)["reason"]
     problem = refusal(response, 400, "origin_not_allowed")
     assert "CORS_ORIGINS" in problem["detail"]
+    assert "Origin" in response.headers["vary"]
+
+
+@parametrize("header", [{"Method": "BREW"}, {"Method": "GET", "Private-Network": "true"}])
+def test_a_preflight_of_what_no_page_may_ask_is_a_problem(
+    public: Client, header: dict[str, str]
+) -> None:
+    asked = {f"Access-Control-Request-{name}": value for name, value in header.items()}
+    refusal(public.options("/tasks", headers=ORIGIN | asked), 400, "preflight_refused")
 
 
 def test_a_preflight_is_answered_without_a_token(public: Client) -> None:
@@ -987,7 +996,7 @@ def test_every_write_advances_the_etag(api: Client) -> None:
 
 
 CURRENT = [["{}"], ["W/{}"], ['"other", {}'], ["*"], ['"a,b",W/{} ,"c"']]
-CURRENT += [['"x"', "{}"], ["{}", '"x"']]  # in two lines
+CURRENT += [['"x"', "{}"], ["{}", '"x"'], ['"\xe9", {}']]  # in two lines; not ASCII
 
 
 @parametrize("tags", CURRENT)
@@ -996,7 +1005,8 @@ def test_if_none_match_with_the_current_etag_is_304(
 ) -> None:
     path = "/tasks/" + task["id"]
     etag = api.get(path).headers["etag"]
-    response = api.get(path, headers=[("If-None-Match", tag.format(etag)) for tag in tags])
+    sent = [tag.format(etag).encode("latin-1") for tag in tags]
+    response = api.get(path, headers=[(b"If-None-Match", each) for each in sent])
     assert (response.status_code, response.content) == (304, b"")
     assert response.headers["etag"] == etag
     assert api.get(path, headers={"If-None-Match": '"other"'}).status_code == 200

@@ -22,7 +22,7 @@ ORIGIN = re.compile(rf"[a-z][a-z\d+.-]*://(?:{HOST})(?::\d+)?", re.ASCII)
 
 
 class CORS(CORSMiddleware):
-    """Starlette's CORSMiddleware. A preflight of another origin gets a problem that says why."""
+    """Starlette's CORSMiddleware. A refused preflight gets a problem that says why."""
 
     def __init__(self, app: ASGIApp, allowed: list[str], setting: str, respond: Respond) -> None:
         wild = [re.escape(each) for each in allowed if "*" in each and each != "*"]
@@ -39,17 +39,22 @@ class CORS(CORSMiddleware):
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
         adds_nothing = not self.allow_origins and scope.get("method") != "OPTIONS"  # saves 20 us
-        return (self.app if adds_nothing else self.answer)(scope, receive, send)
+        return (self.app if adds_nothing else self.with_cors)(scope, receive, send)
 
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def with_cors(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: Any = Headers(scope=scope) if scope.get("method") == "OPTIONS" else {}
-        is_preflight = "origin" in headers and "access-control-request-method" in headers
-        if is_preflight and not self.is_allowed_origin(headers["origin"]):
-            text = f"{self.setting} does not have the origin of this page"
-            problem = HTTPProblem(400, text, "origin_not_allowed", reason=text)
+        if not ("origin" in headers and "access-control-request-method" in headers):
+            return await super().__call__(scope, receive, send)
+        response = self.preflight_response(headers)
+        if response.status_code == 400:
+            text, code = bytes(response.body).decode(), "preflight_refused"
+            if not self.is_allowed_origin(headers["origin"]):
+                text = f"{self.setting} does not have the origin of this page"
+                code = "origin_not_allowed"
+            vary = {"Vary": response.headers["Vary"]}
+            problem = HTTPProblem(400, text, code, headers=vary, reason=text)
             response = await self.respond(Request(scope), problem)
-            return await response(scope, receive, send)
-        await super().__call__(scope, receive, send)
+        await response(scope, receive, send)
 
 
 def cors(origins: str, setting: str, respond: Respond) -> Middleware:

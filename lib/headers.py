@@ -13,7 +13,7 @@ from pydantic import AfterValidator, WithJsonSchema
 from lib.paths import client_path
 from lib.problems import HTTPProblem
 
-TAG = r'(?:W/)?"[!#-~]*"'
+TAG = r'(?:W/)?"[!#-~\x80-\xff]*"'
 # Possessive (`*+`): white space between commas matches one way only, so that it takes linear time.
 TAGS = re.compile(rf"(?:{TAG})?(?:[ \t]*+,[ \t]*+(?:{TAG})?)*+")
 KEY = r'"([!#-~]{1,255})"|([!#-~][!-~]{0,254})'  # of an Idempotency-Key, in quotes or without

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib import logs
 from lib.problems import RETRY, HTTPProblem, Respond
-from lib.ratelimit import networks
+from lib.ratelimit import owner_of
 from lib.settings import BaseSettings
 from lib.state import RequestState, state_of
 
@@ -82,7 +82,7 @@ class RequestLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, headers = perf_counter(), values_of(scope["headers"])
-        scope["headers"] = list(headers.items())
+        scope["headers"] = list(headers.items())  # from here on each name comes once
         request_id = headers.get(b"x-request-id", b"")
         if not PLAIN_ID.fullmatch(request_id):
             request_id = b"%032x" % random.getrandbits(128)
@@ -193,7 +193,7 @@ class BodyLimit:
             nonlocal owner
             if state.body is not None:
                 return await receive()
-            owner = state.user_id or networks(state.client)[0]
+            owner = owner_of(state)
             try:
                 async with asyncio.timeout(BODY_TIMEOUT):
                     await self.read(receive, owner, body)

@@ -34,11 +34,12 @@ FORMS = (b"application/x-www-form-urlencoded", b"multipart/form-data")
 class CanonicalRequest:
     """Never redirects, because a client may drop Authorization then. Raises HTTPProblem(404).
 
-    `names`: what clients call a collection, and its name in routes. `unless`: paths of routes.
+    `names`: what clients call a collection, and its name in routes. `canonical`: a pattern of paths
+    that are like their routes already.
     """
 
-    def __init__(self, app: ASGIApp, names: Mapping[str, str], unless: str) -> None:
-        self.app, self.names, self.unless = app, names, re.compile(unless)
+    def __init__(self, app: ASGIApp, names: Mapping[str, str], canonical: str) -> None:
+        self.app, self.names, self.canonical = app, names, re.compile(canonical)
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
@@ -47,13 +48,13 @@ class CanonicalRequest:
             raise HTTPProblem(404)
         root = scope["root_path"] = scope.get("root_path", "").rstrip("/")
         path, state = scope["path"], state_of(scope)
-        if root and f"{path}/".startswith(root + "/"):  # a proxy may remove it
-            path = path[len(root) :] or "/"
+        if root:
+            path = below_root(path, root)
         state.path = root + path
-        if not self.unless.fullmatch(path):
+        if not self.canonical.fullmatch(path):
             path = re.sub("/+", "/", path).rstrip("/") or "/"
             state.path = root + path
-            path = canonical(path, self.names)
+            path = routed_path(path, self.names)
             if path in ("/auth/login", "/auth/token"):  # by the body: clients mix up the two
                 is_form = state.headers.get(b"content-type", b"").lower().startswith(FORMS)
                 path = "/auth/token" if is_form else "/auth/login"
@@ -71,7 +72,12 @@ class CanonicalRequest:
             scope["route"] = routed.get("route")  # for the log
 
 
-def canonical(path: str, names: Mapping[str, str]) -> str:
+def below_root(path: str, root: str) -> str:
+    """The path without the root path, which a proxy may have removed already."""
+    return path[len(root) :] or "/" if f"{path}/".startswith(root + "/") else path
+
+
+def routed_path(path: str, names: Mapping[str, str]) -> str:
     """The path in the form that a route has."""
     has_user = path.startswith(("/api/", "/users/"))
     match PREFIX.sub("", path).split("/"):

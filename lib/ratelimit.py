@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from lib.problems import HTTPProblem
+from lib.state import RequestState
 
 MAX_COUNTERS = 50_000  # of a limit and level of networks: some 7 MB
 PATIENCE = 0.1  # seconds that a request waits for an answer of Redis
@@ -120,3 +121,8 @@ def networks(address: str) -> list[str]:
     ip = getattr(ip, "ipv4_mapped", None) or ip
     lengths = (32, 24, 16) if ip.version == 4 else (64, 48, 32)
     return [str(ip_network(f"{ip}/{bits}", strict=False)) for bits in lengths]
+
+
+def owner_of(state: RequestState) -> str:
+    """Whose share the bytes of a request count for: a user's, or an address's without one."""
+    return state.user_id or networks(state.client)[0]
