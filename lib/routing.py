@@ -12,17 +12,19 @@ FastAPI serves the routes that take anything else: no less right, but in twice t
 
 import logging
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import date, datetime
 from inspect import iscoroutinefunction, signature
 from itertools import takewhile
-from typing import Annotated, Any, Literal, NotRequired, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, get_origin
 from urllib.parse import parse_qsl
 from uuid import UUID
 
 from fastapi import Request, Response
+from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.params import Body
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import AliasChoices, AliasPath, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -30,23 +32,29 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
+from lib import telemetry
 from lib.problems import HTTPProblem
 from lib.state import state_of
 
 log = logging.getLogger(__name__)
-JSON_TYPE = re.compile(rb"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
+JSON_TYPE = re.compile(rb"application/([\w.-]+\+)?json[ \t]*(;|$)", re.IGNORECASE)
 # Types of parameters that come once, as a Literal does. A list would need all values of a name.
 SINGLE = {kind | None for kind in (bool, int, float, str, UUID, date, datetime)}
 HEADERS: dict[str, bytes] = {}  # that some Call takes: the name as declared, and as sent
-# A function, the results that it needs, and the validators of what comes with the head of a
-# request, and of the body. The id() of a function stands for its result, and that of Request for
-# the request, because an alias cannot be a function.
-Call = tuple[Any, set[int], Any, Any]
-CALLS: dict[Any, Call] = {}  # by function: most have several routes
+
+
+class Call(NamedTuple):
+    """A function, the results that it needs, and the validators of its arguments. The id() of a
+    function stands for its result, that of Request for the request: an alias is no function."""
+
+    function: Callable[..., Awaitable[Any]]
+    needs: set[int]
+    head: Any  # for what comes with the head of a request
+    body: Any  # for the body, or {} if it takes no body
 
 
 class PreparedRoutes:
-    """Serves the routes that are prepared. Others, 404, 405, traces are FastAPI's."""
+    """Serves the routes that are prepared. Others, 404 and 405 are FastAPI's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -61,12 +69,15 @@ class PreparedRoutes:
                 calls = prepare(route)
                 for method in route.methods or ():
                     self.routes.setdefault(method, []).append((route, calls))
-        elif not (app.dependency_overrides or "fastapi.telemetry" in scope):
+        elif not app.dependency_overrides:
             path = scope["path"].removeprefix(scope["root_path"])
             for route, calls in self.routes.get(scope.get("method", ""), ()):  # WebSocket: ""
                 if found := route.path_regex.match(path):
-                    scope["route"], scope["path_params"] = route, found.groupdict()
+                    scope["route"], scope["endpoint"] = route, route.endpoint
+                    scope["path_params"] = found.groupdict()
                     if calls:
+                        if record := scope.get("fastapi.telemetry"):
+                            telemetry.set_route(record, scope["root_path"] + route.path)
                         return run(calls, scope, receive, send)
                     break  # FastAPI's
         return self.app(scope, receive, send)
@@ -84,21 +95,24 @@ async def run(calls: list[Call], scope: Scope, receive: Receive, send: Send) -> 
         "header": {n: came[key].decode("latin-1") for n, key in HEADERS.items() if key in came},
     }
     errors: list[Any] = []
-    for function, needs, values, body in calls:
+    for function, needs, head, body in calls:
         try:
-            arguments = values.validate_python(sent)
+            arguments = head.validate_python(sent)
             # The body comes last: where a path is wrong, the answer does not wait for it.
             if body and not errors:
-                content = await read_json(request)
-                arguments |= body.validate_python(content, from_attributes=True)  # as FastAPI
+                sent |= await read_json(request)
+                arguments |= body.validate_python(sent, from_attributes=True)  # as FastAPI
         except ValidationError as error:
-            errors += error.errors(include_url=False)
+            for each in error.errors(include_url=False):  # FastAPI shows None for what is missing
+                errors.append({**each, "input": None} if each["input"] is sent else each)
             continue
         if needs <= results.keys():  # not so after an error of one of them
-            results[id(function)] = await function(**arguments)
+            result = results[id(function)] = await function(**arguments)
     if errors:
         raise RequestValidationError(errors)
-    await results[id(function)](scope, receive, send)
+    if not isinstance(result, Response):  # whatever its annotation says
+        result = JSONResponse(jsonable_encoder(result), scope["route"].status_code or 200)
+    await result(scope, receive, send)
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -106,6 +120,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     state = state_of(request.scope)
     # BodyLimit gives a body whole. Request.body() would put it together by a stream.
     content = (await request.receive())["body"] if state.body is None else state.body
+    request._body = content  # for the endpoint's Request.body(), as FastAPI's manual sets it
     if content and not JSON_TYPE.match(state.headers.get(b"content-type", b"")):
         raise HTTPProblem(415, "The body has to come as Content-Type: application/json")
     try:
@@ -135,25 +150,24 @@ def add(calls: dict[Any, Call], dependant: Any) -> None:
     """Adds the Call of a function after those that it needs. Raises TypeError for another form."""
     for each in dependant.dependencies:
         add(calls, each)
-    function, results = dependant.call, {each.name: each.call for each in dependant.dependencies}
-    results |= {dependant.request_param_name: Request}
+    function, given = dependant.call, {each.name: each.call for each in dependant.dependencies}
+    given |= {dependant.request_param_name: Request}
     hints = {
         name: NotRequired[Annotated[Any, Field(validation_alias=AliasPath("result", id(each)))]]
-        for name, each in results.items()
+        for name, each in given.items()
         if name
     }
     for place in ("path", "query", "header"):
         for param in getattr(dependant, f"{place}_params"):
             hints[param.name] = hint(param.field_info, place)
     body = {each.name: hint(each.field_info, "body") for each in dependant.body_params}
-    is_async = iscoroutinefunction(function) or iscoroutinefunction(function.__call__)
+    # Of an object, its class's __call__. Of a class, type's.
+    is_async = iscoroutinefunction(function) or iscoroutinefunction(type(function).__call__)
     has_all = signature(function).parameters.keys() == hints.keys() | body.keys()
     if not (is_async and has_all and dependant.use_cache) or dependant.concurrency:
         raise TypeError(f"{function} is not async, or takes more than its Call can give")
     needs = {id(each.call) for each in dependant.dependencies}
-    key = function, *(each.name for each in dependant.path_params)
-    call = CALLS.get(key) or (function, needs, validator(hints), body and validator(body))
-    calls[function] = CALLS[key] = call
+    calls[function] = Call(function, needs, validator(hints), body and validator(body))
 
 
 def hint(info: Any, place: str) -> Any:

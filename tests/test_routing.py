@@ -1,7 +1,8 @@
 """lib/routing.py against stock FastAPI: the same endpoints and requests, the same answers.
 
 Not compared is where the two differ on purpose: a prepared route refuses a body of another type
-(415) and NaN (400), and reads a body last, if all else is right.
+(415) and NaN (400), reads a body last, if all else is right, and shows an error of a dependency
+once, however many need it.
 """
 
 import asyncio
@@ -24,15 +25,20 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, Field
 from starlette.middleware import Middleware
 
 from conftest import SECRET
-from lib.middleware import ErrorResponses, RequestLog
+from lib.middleware import BodyLimit, ErrorResponses, RequestLog
 from lib.routing import PreparedRoutes, prepare
 
 parametrize = pytest.mark.parametrize
 calls: list[str] = []  # of dependencies, in their order
 
 
+class Inner(BaseModel):
+    size: int
+
+
 class Item(BaseModel):
     title: str = Field(min_length=1)
+    inner: Inner | None = None
     done: bool = Field(False, validation_alias=AliasChoices("done", "is_done"))
 
 
@@ -54,7 +60,7 @@ def takes(**parameters: Any) -> Any:
 
 async def counted(request: Request) -> str:
     calls.append("counted")
-    return request.url.path
+    return f"{request.url.path} {request.scope['endpoint'].__name__}"
 
 
 async def nested(outer: Annotated[str, Depends(counted)], size: int = 3) -> str:
@@ -70,6 +76,20 @@ async def refusing(x_pass: Annotated[str | None, Header(alias="X-Pass")] = None)
 
 async def raising() -> None:
     raise KeyError("quota")
+
+
+async def signed(request: Request, item: Item) -> Response:
+    sent = [await request.body(), *[chunk async for chunk in request.stream()]]
+    return JSONResponse([item.title, *map(bytes.decode, sent)])
+
+
+async def no_response() -> Response:
+    return {"day": date(2027, 1, 31)}  # type: ignore[return-value]
+
+
+class Pager:
+    async def __call__(self) -> None:
+        pass
 
 
 async def body_of(item: Item) -> Item:
@@ -96,6 +116,8 @@ PREPARED: dict[str, Any] = {
     ),
     "/item": takes(item=Item),
     "/item_or_none": takes(item=(Item | None, None)),
+    "/signed": signed,
+    "/no_response": no_response,
     "/item/{id}": takes(id=UUID, item=Item, limit=(int, 1)),
     "/depends": takes(
         request=Request, first=Annotated[str, Depends(nested)], size=int,
@@ -114,7 +136,8 @@ ITEMS: list[Any] = [
     {"json": {"title": ""}}, {"json": {"title": 1, "done": "maybe"}},
     {"json": {"title": "x", "is_done": True, "more": 1}},
     {"content": b"{}", "headers": {"Content-Type": "application/problem+json"}},
-    {"content": b'{"title": "x"}', "headers": {"Content-Type": "APPLICATION/JSON; x=y"}},
+    {"content": b'{"title": "x"}', "headers": {"Content-Type": "APPLICATION/JSON\t; x=y"}},
+    {"json": {"title": "x", "inner": {}}},
 ]  # fmt: skip
 PROBES: list[tuple[str, dict[str, Any]]] = [
     *[("/single?" + query, {}) for query in (
@@ -133,13 +156,15 @@ PROBES: list[tuple[str, dict[str, Any]]] = [
     (f"/item/{ID}?limit=x", {"json": {"title": "x"}}),
     *[(path, {}) for path in ("/depends?size=1", "/depends?size=x", "/depends", "/refuses?size=x")],
     *[(path, PASS) for path in ("/refuses?size=x", "/refuses?size=1", "/guarded")],
-    ("/guarded?size=x", {}), ("/raises", {}),
+    ("/guarded?size=x", {}), ("/raises", {}), ("/no_response", {}),
+    ("/signed", {"json": {"title": "x"}}),
 ]  # fmt: skip
 BEYOND: list[Any] = [
     Response, Any, Annotated[list[int], Query()], Annotated[Item, Query()],
     Annotated[str, params.Cookie()], Annotated[Item, params.Body(embed=True)],
     Annotated[Item, params.Form()], Annotated[str, Depends(takes)],
-    Annotated[Item, Depends(body_of)], Annotated[str, Depends(counted, use_cache=False)],
+    Annotated[Item, Depends(body_of)], Annotated[Any, Depends(Pager)],
+    Annotated[str, Depends(counted, use_cache=False)],
 ]  # fmt: skip
 
 
@@ -153,7 +178,8 @@ def not_async(x: str) -> Response:
 
 async def respond(request: Request, error: Any) -> Response:
     if isinstance(error, RequestValidationError):
-        return JSONResponse([[e["loc"], e["type"], e["msg"]] for e in error.errors()], 422)
+        wrong = [[e["loc"], e["type"], e["msg"], repr(e["input"])] for e in error.errors()]
+        return JSONResponse(wrong, 422)
     return JSONResponse({"detail": error.detail}, error.status_code)
 
 
@@ -163,6 +189,7 @@ def too_early(request: Request, error: LookupError) -> Response:
 
 def app_of(*middleware: Middleware) -> FastAPI:
     outer = [Middleware(RequestLog), Middleware(ErrorResponses, respond=respond)]
+    outer.append(Middleware(BodyLimit))
     handlers: Any = {RequestValidationError: respond, LookupError: too_early}
     app = FastAPI(exception_handlers=handlers, middleware=[*outer, *middleware])
     for path, endpoint in PREPARED.items():
@@ -189,7 +216,7 @@ def ask(app: FastAPI, method: str, url: str, root: str = "", **sent: Any) -> tup
             return await client.request(method, url, **sent)
 
     calls.clear()
-    response = asyncio.run(story())
+    response = asyncio.run(asyncio.wait_for(story(), 10))
     return response.status_code, response.text, calls.copy()
 
 
