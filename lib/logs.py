@@ -1,5 +1,5 @@
-"""Logs: a line of JSON on standard output for each record. Nobody waits for whoever reads them,
-except at a terminal that stands still, or where processes share a full pipe.
+"""Logs: a line of JSON on standard output for each record. A reader that stalls delays nobody,
+except at a stopped terminal, or where several processes write to one full pipe.
 
 A line is written whole, now or with a later one, or it is dropped whole and counted. Processes that
 share a pipe do not mix lines of up to PIPE_BUF bytes, which only a long trace exceeds.

@@ -7,21 +7,21 @@ from fastapi import FastAPI
 from lib.problems import HTTPProblem, Problem
 
 PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
-# What an operation may answer, by a fact about it: what it has, where a parameter comes, its name.
+# What an operation may answer, by a fact about it, as complete_operation() finds them.
 STATUSES = {
-    "requestBody": [400, 408, 413, 415, 422, 503],
-    "security": [401, 429, 503],
-    "query": [422],
-    "If-Match": [412],
-    "get If-None-Match": [304],
+    "has requestBody": [400, 408, 413, 415, 422, 503],
+    "has security": [401, 429, 503],
+    "has query": [422],
+    "takes If-Match": [412],
+    "get takes If-None-Match": [304],
 }
-# A header of its answers: the fact, the statuses (none: all), what it says. No bounds, because some
-# generators of clients fail on them.
+# A header of its answers, the fact ("" is one of all), the statuses (none: all), what it says. No
+# bounds, because some generators of clients fail on them.
 HEADERS: list[tuple[str, str, set[str], str]] = [
-    ("ETag", "If-None-Match", {"200", "304"}, "The version, for If-Match."),
-    ("ETag", "Idempotency-Key", {"201"}, "The version, for If-Match."),
-    ("Link", "limit", {"200"}, 'While more follow, `</path?query>; rel="next"`.'),
-    ("Location", "Idempotency-Key", {"201"}, "The path of what was stored."),
+    ("ETag", "takes If-None-Match", {"200", "304"}, "The version, for If-Match."),
+    ("ETag", "takes Idempotency-Key", {"201"}, "The version, for If-Match."),
+    ("Link", "takes limit", {"200"}, 'While more follow, `</path?query>; rel="next"`.'),
+    ("Location", "takes Idempotency-Key", {"201"}, "The path of what was stored."),
     ("WWW-Authenticate", "", {"401"}, "What was wrong with the token (RFC 6750)."),
     ("Retry-After", "", {"429", "503"}, "Seconds to wait."),
     ("X-Request-ID", "", set(), "The request in the log."),
@@ -65,9 +65,10 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete_operation(method: str, operation: dict[str, Any]) -> None:
-    facts = {"", *operation}
+    facts = {"", *(f"has {key}" for key in operation)}
     for each in operation.get("parameters", ()):
-        facts |= {each["in"], each["name"], f"{method} {each['name']}"}
+        name = each["name"]
+        facts |= {f"has {each['in']}", f"takes {name}", f"{method} takes {name}"}
     for content in operation.get("requestBody", {}).get("content", {}).values():
         # A body that may be left out: generators of clients fail on "or null" here.
         kinds = [each for each in content["schema"].get("anyOf", ()) if each != {"type": "null"}]

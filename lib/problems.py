@@ -21,6 +21,7 @@ from lib.state import state_of
 MakeProblem = Callable[[], "HTTPProblem"]
 Respond = Callable[[Request, Any], Coroutine[Any, Any, Response]]
 RETRY = {"Retry-After": "2"}
+NO_THREAD = "can't start new thread"  # as Python says for a file, or an endpoint without async
 PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # newer than Python 3.11's
 
 
@@ -105,9 +106,9 @@ def responder(
 
     async def respond(request: Request, error: Exception) -> Response:
         scope, state = request.scope, state_of(request.scope)
-        known = exceptions.get(type(error))
-        problem = known() if known else to_problem(error, scope, malformed_path)
-        state.reason = problem.reason or (str(error) if known else "")
+        make = exceptions.get(type(error))
+        problem = make() if make else to_problem(error, scope, malformed_path)
+        state.reason = problem.reason or (str(error) if make else "")
         headers = dict(problem.headers or {})
         if isinstance(problem, Unauthorized):
             headers["WWW-Authenticate"] = problem.challenge(realm)
@@ -122,11 +123,13 @@ def responder(
 
 def to_problem(error: Exception, scope: Scope, malformed_path: MakeProblem) -> HTTPProblem:
     """The problem of an exception: 400 for a body that is not JSON, 422 for a value against its
-    schema, 500 for what nobody has foreseen. None of them repeats the input."""
+    schema, 503 where no thread starts, 500 for what nobody foresaw. None repeats the input."""
     if isinstance(error, HTTPProblem):
         return error
     if isinstance(error, HTTPException):
         return HTTPProblem(error.status_code, str(error.detail), headers=error.headers)
+    if isinstance(error, RuntimeError) and str(error) == NO_THREAD:
+        return HTTPProblem(503, "No thread can be started", headers=RETRY, reason=NO_THREAD)
     if not isinstance(error, RequestValidationError):
         return HTTPProblem(500, "Internal server error")
     wrong = error.errors()

@@ -33,6 +33,19 @@ def refuse_number(value: Any) -> Any:
     return value
 
 
+def tighten(schema: Any) -> Any:
+    """A schema of pydantic's core, changed to take only the types of values that OpenAPI says."""
+    for part in schema.values() if isinstance(schema, dict) else schema:
+        if isinstance(part, dict | list | tuple):
+            tighten(part)
+    kind = isinstance(schema, dict) and schema.get("type")
+    if kind in ("bool", "int", "float"):
+        schema["strict"] = True
+    if kind in ("date", "datetime", "time", "timedelta"):  # if strict, these take no text
+        schema |= core_schema.no_info_before_validator_function(refuse_number, schema.copy())
+    return schema
+
+
 class Body(SQLModel):
     """A JSON body. A plain SQLModel would take "1" for 1, "yes" for true and 0 for 1970-01-01."""
 
@@ -41,16 +54,7 @@ class Body(SQLModel):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        parts: list[Any] = [handler(source)]
-        for part in parts:  # which grow meanwhile
-            parts += part.values() if isinstance(part, dict) else ()
-            parts += part if isinstance(part, list | tuple) else ()
-            kind = isinstance(part, dict) and part.get("type")
-            if kind in ("bool", "int", "float"):
-                part["strict"] = True
-            if kind in ("date", "datetime", "time", "timedelta"):  # if strict, these take no text
-                part |= core_schema.no_info_before_validator_function(refuse_number, part.copy())
-        return parts[0]
+        return tighten(handler(source))
 
 
 # Accounts.

@@ -1,8 +1,10 @@
 """lib/problems.py in an application of FastAPI's own, whatever form its routes have."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -108,6 +110,15 @@ def test_a_422_quotes_the_field_however_a_route_declares_it(
     response = ask(endpoint, **sent)
     assert response.status_code == 422
     assert response.json()["detail"].startswith(detail)
+
+
+def test_a_request_that_gets_no_thread_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endpoint() -> None:
+        pass
+
+    error = RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=error))
+    assert ask(endpoint).status_code == 503
 
 
 @parametrize(("status", "title"), [(520, "Error"), (418, "I'm a Teapot"), (304, "")])
