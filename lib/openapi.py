@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from lib.problems import HTTPProblem, Problem
 
 PROBLEM, SCHEMA = "application/problem+json", {"schema": {"$ref": "#/components/schemas/Problem"}}
-# What an operation may answer, by a fact about it, as complete_operation() finds them.
+# What an operation may answer, by a fact about it: what it has, and the parameters that it takes.
 STATUSES = {
     "has requestBody": [400, 408, 413, 415, 422, 503],
     "has security": [401, 429, 503],
@@ -42,7 +42,12 @@ class DocumentedAPI(FastAPI):
         )
 
     def openapi(self) -> dict[str, Any]:
-        return self.openapi_schema or complete(super().openapi())
+        """Adds what FastAPI cannot know, once: FastAPI keeps the document."""
+        if not self.openapi_schema:
+            for item in super().openapi()["paths"].values():
+                for method, operation in item.items():
+                    complete(method, operation)
+        return super().openapi()
 
 
 def errors(*problems: HTTPProblem) -> dict[int | str, dict[str, Any]]:
@@ -56,15 +61,8 @@ def errors(*problems: HTTPProblem) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def complete(document: dict[str, Any]) -> dict[str, Any]:
-    """Adds what FastAPI cannot know."""
-    for item in document["paths"].values():
-        for method, operation in item.items():
-            complete_operation(method, operation)
-    return document
-
-
-def complete_operation(method: str, operation: dict[str, Any]) -> None:
+def complete(method: str, operation: dict[str, Any]) -> None:
+    """Adds the statuses and headers that STATUSES and HEADERS have for the operation's facts."""
     facts = {"", *(f"has {key}" for key in operation)}
     for each in operation.get("parameters", ()):
         name = each["name"]

@@ -44,13 +44,13 @@ HEADERS: dict[str, bytes] = {}  # that some Call takes: the name as declared, an
 
 
 class Call(NamedTuple):
-    """A function, the results that it needs, and the validators of its arguments. The id() of a
-    function stands for its result, that of Request for the request: an alias is no function."""
+    """A function, and what makes its arguments. The id() of a function stands for its result, and
+    that of Request for the request, because an alias cannot be a function."""
 
     function: Callable[..., Awaitable[Any]]
-    needs: set[int]
-    head: Any  # for what comes with the head of a request
-    body: Any  # for the body, or {} if it takes no body
+    needs: set[int]  # the results of other functions
+    head: Any  # the validator of what comes before the body
+    body: Any  # the validator of the body, or {} if the function takes no body
 
 
 class PreparedRoutes:
@@ -161,7 +161,7 @@ def add(calls: dict[Any, Call], dependant: Any) -> None:
         for param in getattr(dependant, f"{place}_params"):
             hints[param.name] = hint(param.field_info, place)
     body = {each.name: hint(each.field_info, "body") for each in dependant.body_params}
-    # Of an object, its class's __call__. Of a class, type's.
+    # The __call__ of its type: a class has one for its objects, and is not async itself.
     is_async = iscoroutinefunction(function) or iscoroutinefunction(type(function).__call__)
     has_all = signature(function).parameters.keys() == hints.keys() | body.keys()
     if not (is_async and has_all and dependant.use_cache) or dependant.concurrency:

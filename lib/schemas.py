@@ -28,6 +28,7 @@ After = Annotated[UUID | None, Query(description="the id of the last one seen")]
 
 
 def refuse_number(value: Any) -> Any:
+    """Raises ValueError for a number or its text: pydantic takes them as seconds from 1970."""
     if isinstance(value, int | float) or re.fullmatch(r"[+-]?[\d.]+", str(value)):
         raise ValueError("has to be a text in the form of ISO 8601")
     return value
