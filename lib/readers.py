@@ -12,9 +12,10 @@ class Readers:
     def __init__(self) -> None:
         self.clients: dict[Transport, str] = {}
 
-    def add(self, transport: Transport, client: str) -> None:
-        """Notes a connection. Beyond MAX_UNREAD, the client that holds most loses its oldest."""
-        self.clients[transport] = client
+    def add(self, transport: Transport, client: str) -> list[str]:
+        """Notes a connection. Beyond MAX_UNREAD, the client that holds most loses its oldest.
+        Returns who lost one."""
+        self.clients[transport], losers = client, []
         held = {each: each.get_write_buffer_size() for each in self.clients}
         while sum(held.values()) > MAX_UNREAD:
             shares = Counter[str]()
@@ -24,6 +25,8 @@ class Readers:
             dropped = next(each for each in held if self.clients[each] == largest)
             del held[dropped], self.clients[dropped]
             dropped.abort()
+            losers.append(largest)
+        return losers
 
     def discard(self, transport: Transport) -> None:
         """Forgets a connection that has nothing left to take, or is gone."""

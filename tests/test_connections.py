@@ -161,23 +161,28 @@ def test_unfinished_uploads_of_a_stranger_do_not_stop_a_users(server: Server, ap
     assert codes == {201}
 
 
-def test_a_client_that_sends_on_gets_the_answer_that_ends_its_upload(server: Server) -> None:
-    answer = raw(server, create(b"Content-Length: 20000000") + b" " * 20_000_000)
-    assert answer.startswith(b"HTTP/1.1 413 ") and b"\r\nconnection: close\r\n" in answer
+@parametrize(("status", "head"), [(413, create(b"Content-Length: 20000000")), (200, LAST)])
+def test_a_client_that_sends_on_gets_the_answer_before_a_close(
+    server: Server, status: int, head: bytes
+) -> None:
+    answer = raw(server, head + b" " * 20_000_000)
+    assert answer.startswith(b"HTTP/1.1 %d " % status) and b"\r\nconnection: close\r\n" in answer
 
 
 # Connections.
 
 
-def test_idle_connections_give_way_when_descriptors_run_out(database: str, tmp_path: Path) -> None:
+def test_connections_without_a_request_give_way_when_descriptors_run_out(
+    database: str, tmp_path: Path
+) -> None:
     def few(port: int) -> list[str]:
         return ["prlimit", "--nofile=192", *uvicorn(port)]
 
     with serving(database, tmp_path / "log", few) as service, ExitStack() as stack:
-        for _ in range(200):
+        for n in range(200):  # idle ones, and then refused ones whose client stays
             idle = stack.enter_context(connect(service))
-            idle.sendall(HEALTH + b"\r\n")
-            assert idle.recv(12) == b"HTTP/1.1 200"
+            idle.sendall(HEALTH + b"\r\n" if n < 100 else b"\0")
+            assert idle.recv(12) == (b"HTTP/1.1 200" if n < 100 else b"HTTP/1.1 400")
         assert get(service.url + "/health").status_code == 200
 
 
@@ -231,12 +236,18 @@ def test_a_log_that_nobody_reads_stops_no_request_and_its_lost_lines_are_counted
         (400, b"CONNECT /health HTTP/1.1\r\nHost: x\r\n\r\n"),
         (200, LAST),
         (200, b"GET /health HTTP/1.0\r\n\r\n"),
+        (201, create(b"Transfer-Encoding: chunked") + CHUNK + b"0\r\nConnection: close\r\n\r\n"),
+        # HTTP/1.0 has no 100 Continue (RFC 9110 section 10.1.1).
+        (
+            422,
+            create(b"Expect: 100-continue\r\nContent-Length: 2").replace(b"/1.1", b"/1.0") + b"{}",
+        ),
     ],
 )
 def test_a_response_before_a_close_says_so(status: int, request_: bytes, server: Server) -> None:
     answer = raw(server, request_)  # until it is closed
     assert answer.startswith(b"HTTP/1.1 %d " % status)
-    assert b"\r\nconnection: close\r\n" in answer
+    assert b"\r\nconnection: close\r\n" in answer and b"\r\ndate: " in answer
     assert server.failures() == []
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import json
 import weakref
+from collections.abc import Callable
 from unittest.mock import Mock
 
 import pytest
@@ -12,11 +14,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
+from lib import protocol as module
+from lib import readers
 from lib.middleware import RequestLog
 from lib.protocol import Protocol, State
 from lib.state import state_of
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
 UPGRADE = b"Connection: HTTP2-Settings, Upgrade\r\nUPGRADE: h2c\r\nHTTP2-Settings: AA\r\n"
 
 
@@ -27,7 +32,7 @@ def connected(app: ASGIApp) -> Protocol:
     transport.get_extra_info("socket").getsockname.return_value = ("127.0.0.1", 8000)
     transport.get_extra_info("socket").getpeername.return_value = ("192.0.2.1", 50_000)
     transport.is_closing.return_value = False
-    transport.get_write_buffer_size.return_value = 0
+    transport.get_write_buffer_size.return_value = 1
     protocol = Protocol(config, ServerState(), {})
     protocol.connection_made(transport)
     return protocol
@@ -70,7 +75,7 @@ def test_a_trailer_is_no_header() -> None:
             await PlainTextResponse("answer")(scope, receive, send)
 
         protocol = connected(app)
-        protocol.data_received(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        protocol.data_received(CHUNKED)
         protocol.data_received(b"4\r\nbody\r\n0\r\nAuthorization: Bearer x\r\n")
         protocol.data_received(b"X: %b\r\n\r\n" % (b"x" * 40_000))
         await answered(protocol)
@@ -158,9 +163,10 @@ def test_nothing_holds_a_connection_that_its_client_reset(under_way: bytes) -> N
 
 
 def test_who_takes_nothing_of_a_response_that_was_broken_off_is_dropped(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(State.ENDING, "seconds", 0.2)
+    monkeypatch.setattr(Protocol, "warned", 0)
 
     async def app(_: Scope, __: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200})
@@ -173,6 +179,73 @@ def test_who_takes_nothing_of_a_response_that_was_broken_off_is_dropped(
         await answered(protocol)
         assert transport.close.called and not transport.abort.called
         await asyncio.sleep(0.5)
-        assert transport.abort.called
+        assert transport.abort.called and "0.2 seconds for the client" in capfd.readouterr().out
 
     asyncio.run(story())
+
+
+def test_what_fails_after_its_response_does_not_end_the_request_behind_it() -> None:
+    async def story() -> None:
+        second = asyncio.Event()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            second.set() if scope["path"] == "/2" else None
+            await asyncio.sleep(0.1 if second.is_set() else 0)
+            await PlainTextResponse("answer")(scope, receive, send)
+            await second.wait()
+            raise ZeroDivisionError
+
+        protocol = connected(app)
+        transport: Mock = protocol.transport  # type: ignore[assignment]
+        protocol.data_received(GET + GET.replace(b"/", b"/2", 1))
+        await answered(protocol)
+        answers = b"".join(call.args[0] for call in transport.write.call_args_list)
+        assert answers.count(b"HTTP/1.1 200 ") == 2 and not transport.close.called
+
+    asyncio.run(story())
+
+
+BROKEN = CHUNKED + b"no size\r\n"
+
+
+@pytest.mark.parametrize(("sent", "closes"), [(GET, True), (BROKEN, True), (CHUNKED, False)])
+def test_sigterm_lets_a_client_send_on_that_has_no_answer_yet(sent: bytes, closes: bool) -> None:
+    async def story() -> None:
+        protocol = connected(PlainTextResponse("answer"))
+        transport: Mock = protocol.transport  # type: ignore[assignment]
+        protocol.data_received(sent)
+        assert not transport.close.called
+        protocol.shutdown()
+        await answered(protocol)
+        assert (transport.close.called, transport.write_eof.called) == (closes, sent != GET)
+
+    asyncio.run(story())
+
+
+answer = PlainTextResponse("answer")
+ENDS: dict[str, Callable[[], object]] = {
+    "400 Bad Request": lambda: connected(answer).data_received(b"\x16\x03\x01"),  # TLS
+    "10 seconds for the first head, or the rest of one": lambda: connected(answer).drop(),
+    "MAX_UNREAD": lambda: connected(answer).pause_writing(),
+    "MAX_CONNECTIONS": lambda: connected(answer),
+}
+
+
+@pytest.mark.parametrize(("reason", "end"), ENDS.items(), ids=ENDS)
+def test_why_a_connection_ends_is_logged_once_a_second(
+    reason: str,
+    end: Callable[[], object],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async def story() -> None:
+        end(), end()
+
+    monkeypatch.setattr(Protocol, "warned", 0)
+    monkeypatch.setattr(readers, "MAX_UNREAD", 0)
+    monkeypatch.setattr(module, "MAX_CONNECTIONS", 0 if reason == "MAX_CONNECTIONS" else 9)
+    asyncio.run(story())
+    [line] = capfd.readouterr().out.splitlines()
+    fields = json.loads(line)
+    assert (fields["level"], fields["reason"]) == ("WARNING", reason)
+    assert "192.0.2.1" in fields["client"]
