@@ -51,13 +51,11 @@ class Passwords:
             raise busy()
 
     async def run(self, function: Callable[..., Any], *arguments: bytes) -> Any:
-        """Runs a function of bcrypt in a thread. Raises as hash()."""
+        """Runs a function of bcrypt in a thread. Raises as hash(), or RuntimeError without one."""
         self.refuse_if_busy()
         self.pending += 1  # before the thread begins, because other requests come until then
         try:
             return await anyio.to_thread.run_sync(function, *arguments, limiter=self.limiter)
-        except RuntimeError as error:  # the process may have no more threads
-            raise busy(reason=str(error)) from None
         finally:
             self.pending -= 1
 

@@ -21,7 +21,7 @@ from lib.state import state_of
 MakeProblem = Callable[[], "HTTPProblem"]
 Respond = Callable[[Request, Any], Coroutine[Any, Any, Response]]
 RETRY = {"Retry-After": "2"}
-NO_THREAD = "can't start new thread"  # as Python says for a file, or an endpoint without async
+NO_THREAD = "can't start new thread"  # as Python says, for a hash or a file
 PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # newer than Python 3.11's
 
 

@@ -298,13 +298,6 @@ def test_of_logins_at_once_no_more_than_twenty_wait() -> None:
     assert [type(each) for each in answers].count(HTTPProblem) == 78
 
 
-def test_a_login_that_gets_no_thread_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threading.Thread, "start", start_none)
-    with pytest.raises(HTTPProblem) as raised:
-        asyncio.run(auth.passwords.check("correct horse", None))
-    assert (raised.value.status_code, raised.value.reason) == (503, "can't start new thread")
-
-
 def test_an_account_has_ten_attempts_a_minute_from_wherever() -> None:
     answers = [attempt("a@example.com", f"192.0.2.{n}") for n in range(12)]
     assert answers == ["ok"] * 10 + ["429"] * 2
