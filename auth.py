@@ -34,7 +34,7 @@ MAX_HASHING, MAX_HASHING_QUEUE = 2, 20  # at once, and waiting: for 2.4 s at mos
 ACCOUNT_LIMIT = parse_limit("10/minute")  # attempts with one e-mail
 ADDRESS_LIMIT = parse_limit("100/minute")  # per IPv4 or IPv6 /64; per wider network when crowded
 # form() refuses what does not match, such as `a,b` for a NAME or `exp` for a CLAIM.
-URL, REDIS = rf"https?://(?![^/]*@){HOST}(/\S*)?", rf"rediss?://{HOST}([/?]\S*)?"
+URL, REDIS = rf"https?://(?![^/]*@){HOST}(/\S*)?", rf"rediss?://{HOST}(/\d*)?(\?\S*)?"
 NAME, CLAIM = r"(?!https?:/*$)[^\s,]+", r"(?!(exp|iat|nbf|iss|aud|jti)$)[\w:/.~-]+"
 UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 
@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     accounts: Literal["on", "off"] | None = None  # None: on if jwt_secret is set; off: verify only
     # Requests of one user, or `off` for any number, and a Redis that counts for several instances.
     rate_limit: Annotated[str, form(rf"{LIMIT}|off", "is not like 600/minute")] = "600/minute"
-    rate_limit_storage_uri: Annotated[str, form(REDIS, "is not like redis://host:6379")] = ""
+    rate_limit_storage_uri: Annotated[str, form(REDIS, "is not like redis://host")] = ""
 
 
 settings = Settings.load()

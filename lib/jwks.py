@@ -12,7 +12,7 @@ A key that find() knows is FRESH for 10 minutes after the set was fetched. Any o
 
 A fetch starts when the last one has ended, and 5 s after its start at the earliest, because anybody
 can invent a kid. Until then the last one counts. An answer may come byte by byte and never end, so
-a fetch is given up after 10 minutes. Its thread stays.
+a fetch is given up after 30 s. Its thread stays until the answer ends.
 """
 
 import asyncio
@@ -23,15 +23,16 @@ import urllib.request
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import suppress
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import jwt
 
 from lib.problems import RETRY, HTTPProblem
 
-LIFETIME = 600  # seconds that a key is FRESH, and that a fetch may take
-MAX_AGE = 2 * LIFETIME  # seconds until a set without a key replaces one with keys
+FRESH_FOR = 600  # seconds
+MAX_AGE = 2 * FRESH_FOR  # seconds until a set without a key replaces one with keys
+FETCH_LIMIT = 30  # seconds that a fetch may take
 MIN_INTERVAL = 5  # seconds between the starts of two fetches
 TIMEOUT = 5  # seconds from the start of a fetch that a token waits if its key is UNKNOWN
 PATIENCE = 1  # seconds from there that it waits if its key is OLD
@@ -53,41 +54,48 @@ class KeySet:
     def __init__(self, url: str, algorithms: Collection[str]) -> None:
         self.url, self.algorithms = url, algorithms
         self.keys: list[Key] = []
-        self.fetched = self.started = float("-inf")  # by monotonic(): the keys, and the last fetch
+        # By time(), because monotonic() stands still in a suspended machine.
+        self.fetched = float("-inf")
+        self.started = float("-inf")  # the last fetch, by monotonic()
         self.fetching: asyncio.Task[None] | None = None  # the last fetch, which may have ended
         self.failure = ""  # why the last one that has ended brought no set
 
     # Finding keys...
 
-    async def find(self, kid: str | None, alg: str, refused: Collection[Any] = ()) -> list[Any]:
-        """The public keys to try a token with. [] if the issuer has none but those `refused`.
+    async def find(self, kid: str | None, alg: str, tried: Collection[Any] = ()) -> list[Any]:
+        """The public keys to try a token with. [] if the issuer has none but those `tried`.
 
-        One that did not verify the token is refused, and may have been replaced under its kid.
+        One that was tried did not verify the token, and may have been replaced under its kid.
         Raises HTTPProblem(503) if nothing is known of the token's key.
         """
         alg = SAME.get(alg, alg)
         if alg not in self.algorithms or not self.url:
             return []
-        keys = self.fitting(kid, alg, refused)
-        if keys and monotonic() - self.fetched <= LIFETIME:
+        keys = self.fitting(kid, alg, tried)
+        if keys and time() - self.fetched <= FRESH_FOR:
             return keys
         fetch = self.start_fetch()
-        wait = TIMEOUT if not keys else PATIENCE if not self.failure else 0  # UNKNOWN, OLD, DOWN
+        if not keys:  # UNKNOWN
+            wait = TIMEOUT
+        elif self.failure:  # DOWN
+            wait = 0
+        else:  # OLD
+            wait = PATIENCE
         await asyncio.wait([fetch], timeout=self.started + wait - monotonic())
-        keys = self.fitting(kid, alg, refused)
+        keys = self.fitting(kid, alg, tried)
         if not keys and (self.failure or not fetch.done()):
             text, reason = "The issuer's keys are out of reach: try again later", self.failure
             raise HTTPProblem(503, text, "keys_unavailable", RETRY, reason=reason or "no answer")
         return keys
 
-    def fitting(self, kid: str | None, alg: str, refused: Collection[Any]) -> list[Any]:
+    def fitting(self, kid: str | None, alg: str, tried: Collection[Any]) -> list[Any]:
         """As find(), among the keys that are known."""
         keys = [
             key
             for key_id, key_alg, key in self.keys
-            if key_alg == alg and (kid is None or key_id in (None, kid)) and key not in refused
+            if key_alg == alg and (kid is None or key_id in (None, kid)) and key not in tried
         ]
-        return keys[: MAX_TRIED - len(refused)]
+        return keys[: MAX_TRIED - len(tried)]
 
     # Fetching them...
 
@@ -102,15 +110,15 @@ class KeySet:
     async def fetch(self) -> None:
         """Replaces the keys, or says in `failure` and in the log why not."""
         try:
-            async with asyncio.timeout(LIFETIME):
+            async with asyncio.timeout(FETCH_LIMIT):
                 keys = await in_daemon_thread(self.download)
-            if not keys and monotonic() - self.fetched <= MAX_AGE:
+            if not keys and time() - self.fetched <= MAX_AGE:
                 raise ValueError("no key that can verify a token")  # may be a mishap
         except Exception as error:
             self.failure = str(error)[:200] or type(error).__name__
             log.warning("JWKS not fetched: %s", self.failure)
         else:
-            self.keys, self.fetched, self.failure = keys, monotonic(), ""
+            self.keys, self.fetched, self.failure = keys, time(), ""
 
     def download(self) -> list[Key]:
         """The keys of the issuer. Raises OSError, or ValueError for what is no key set."""
@@ -132,8 +140,9 @@ class KeySet:
         """A public key for signatures by one of our algorithms. None for any other."""
         with suppress(Exception):  # PyJWT raises many errors, and no key may spoil another
             key = jwt.PyJWK(jwk, SAME.get(jwk.get("alg"), jwk.get("alg")))
-            is_public, is_for_signatures = "d" not in jwk, key.public_key_use in (None, "sig")
-            if key.algorithm_name in self.algorithms and is_public and is_for_signatures:
+            is_public, operations = "d" not in jwk, jwk.get("key_ops", ["verify"])
+            verifies = key.public_key_use in (None, "sig") and "verify" in operations
+            if key.algorithm_name in self.algorithms and is_public and verifies:
                 return key.key_id, key.algorithm_name, key.key
         return None
 

@@ -19,6 +19,8 @@ from lib.state import RequestState
 MAX_COUNTERS = 50_000  # of a limit and level of networks: some 7 MB
 PATIENCE = 0.1  # seconds that a request waits for an answer of Redis
 CONNECT_TIMEOUT = 0.5  # seconds that it waits for a new connection before that
+MAX_CONNECTIONS = 50  # to Redis: a burst waits for them, for POOL_TIMEOUT seconds
+POOL_TIMEOUT = 1.0
 MAX_FAILURES = 3  # of Redis in a row
 PAUSE = 5.0  # seconds between two questions from then on
 UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
@@ -50,22 +52,21 @@ class RateLimiter:
     """Counts by name and key. The counters of a window that is over are dropped as a whole."""
 
     def __init__(self, storage_uri: str = "") -> None:
+        """Raises SystemExit where RATE_LIMIT_STORAGE_URI, which `storage_uri` is, cannot work."""
         self.windows: dict[str, tuple[float, dict[str, int]]] = {}  # by name: end, counters
         self.redis: Any = None
         if storage_uri:
-            from redis.asyncio import from_url  # takes 7 MB
-
-            times = {"socket_timeout": PATIENCE, "socket_connect_timeout": CONNECT_TIMEOUT}
-            self.redis = from_url(storage_uri, **times)
+            self.redis = connect(storage_uri)
         self.failures = 0  # of Redis in a row
-        self.retry_at = 0.0  # by monotonic(): when one request asks, after MAX_FAILURES
+        self.ask_again_at = 0.0  # by monotonic(): when one request asks, after MAX_FAILURES
 
     async def hit(self, name: str, limit: Limit, *keys: str) -> None:
         """Counts one for the first key. Raises HTTPProblem(429) above the limit.
 
-        Further keys are coarser, such as an address's networks: each counts where there is no room
-        for those before it. So whoever invents keys shares a limit. Where the last finds none, it
-        shares one of MAX_COUNTERS, and a first hit may be refused.
+        Further keys are coarser, such as an address's networks, so that whoever invents keys shares
+        a limit. Counted by the first key that has a counter or finds room. With room for none, by
+        one of MAX_COUNTERS shared counters, so a stranger may meet a full one. Redis uses the first
+        key only.
         """
         wait = await self.ask(name, limit, keys[0]) if self.redis else None
         if wait is None:
@@ -94,9 +95,9 @@ class RateLimiter:
 
     async def ask(self, name: str, limit: Limit, key: str) -> float | None:
         """As count(), in Redis. None if it fails or is slow, or was not asked because it did."""
-        if self.failures >= MAX_FAILURES and monotonic() < self.retry_at:
+        if self.failures >= MAX_FAILURES and monotonic() < self.ask_again_at:
             return None
-        self.retry_at = monotonic() + PAUSE  # one request in PAUSE asks until one is answered
+        self.ask_again_at = monotonic() + PAUSE  # one request in PAUSE asks until one is answered
         try:
             place = f"ratelimit:{name}:{key}"
             count, left = await self.redis.eval(COUNT, 1, place, limit.seconds)
@@ -110,6 +111,24 @@ class RateLimiter:
             log.warning("Redis counts again")
         self.failures = 0
         return max(left, 1) / 1000 if count > limit.amount else 0.0  # of milliseconds
+
+
+def connect(storage_uri: str) -> Any:
+    """A client of Redis that has not connected yet. Raises SystemExit."""
+    from redis.asyncio import BlockingConnectionPool, Redis  # takes 7 MB
+    from redis.asyncio.connection import parse_url
+
+    ours: Any = {"socket_timeout": PATIENCE, "socket_connect_timeout": CONNECT_TIMEOUT}
+    ours |= {"max_connections": MAX_CONNECTIONS, "timeout": POOL_TIMEOUT}
+    try:
+        # Not from_url(), for which the URI's own parameters win.
+        pool: Any = BlockingConnectionPool(**{**parse_url(storage_uri), **ours})
+        pool.make_connection()  # finds parameters that no connection knows
+    except (ValueError, TypeError):
+        raise SystemExit(
+            "RATE_LIMIT_STORAGE_URI has a port or a parameter that Redis lacks"
+        ) from None
+    return Redis(connection_pool=pool)
 
 
 def networks(address: str) -> list[str]:

@@ -12,13 +12,16 @@ dashboards, `docker --env-file` and copied lines leave them there. An empty valu
 import re
 from pathlib import Path
 from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
 
 import pydantic_settings
 from pydantic import AfterValidator, ValidationError, ValidationInfo, field_validator
 
 ENV_FILE = Path(__file__).parent.parent / ".env"
 MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
-PLACEHOLDER = re.compile(r"change.?(me|this)|replace.?(me|this)|your.{0,12}secret", re.IGNORECASE)
+PLACEHOLDER = re.compile(
+    r"change.?(me|this)|replace.?(me|this)|your.{0,12}secret|^<.*>$|\$\(", re.IGNORECASE
+)
 HOST = r"([^\s/?#@]*@)?(\[[^\s/?#@]+\]|[^\s/?#@:]+)(:[1-9]\d{0,4})?"  # of a URL, with user and port
 
 
@@ -68,13 +71,14 @@ Secret = Annotated[str, AfterValidator(check_secret)]
 
 
 def form(pattern: str, text: str) -> AfterValidator:
-    """A validator of a str that has to match a pattern, if it is set. `text` is said if not."""
+    """A validator of a str that has to match a pattern, if it is set: else the error is `text`."""
 
     def check(value: str) -> str:
-        if value.endswith("/openid-configuration"):
+        if value.rstrip("/").endswith("/openid-configuration"):
             raise ValueError("is the discovery document: take `jwks_uri` or `issuer` out of it")
         if value and not re.fullmatch(pattern, value, re.ASCII):
             raise ValueError(text)
+        urlsplit(value).port  # noqa: B018  raises ValueError above 65535
         return value
 
     return AfterValidator(check)

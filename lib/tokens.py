@@ -1,13 +1,13 @@
 """Verifies JWTs (RFC 7519): the signature first, and then what the claims say.
 
 verifier = TokenVerifier(secret=..., key_set=..., issuer="https://app.example", ...)
-user_id, expires, by_jwks = await verifier.verify(token)  # raises Unauthorized
+verified = await verifier.verify(token)  # Verified(user_id, expires, by_jwks); raises Unauthorized
 """
 
 import re
 from dataclasses import dataclass
 from time import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jwt
 
@@ -18,6 +18,14 @@ CLAIMS = ("exp", "nbf", "iat", "iss", "aud", "sub", "jti")  # PyJWT would take "
 OPTIONS: Any = {f"verify_{name}": False for name in CLAIMS}
 OPTIONS["enforce_minimum_key_length"] = True  # of RSA 2048 bits: RFC 7518 section 3.3
 COMPACT_JWS = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)  # RFC 7515 section 7.1: no padding
+
+
+class Verified(NamedTuple):
+    """What a good token says."""
+
+    user_id: str
+    expires: float  # seconds since 1970
+    by_jwks: bool  # whether the issuer's keys verified it, and not the secret
 
 
 @dataclass(kw_only=True, repr=False)  # it would show the secret
@@ -33,11 +41,10 @@ class TokenVerifier:
     max_user_id: int  # characters
     clock_skew: int  # seconds that the issuer's clock may be ahead
 
-    async def verify(self, token: str) -> tuple[str, float, bool]:
-        """The user id, the expiry in seconds since 1970, and whether JWKS verified it.
+    async def verify(self, token: str) -> Verified:
+        """Raises Unauthorized, which says which claim is wrong, but not why a signature is.
 
-        Raises Unauthorized, which says which claim is wrong, but not why a signature is. Raises
-        HTTPProblem(503) while the issuer's keys are out of reach.
+        Raises HTTPProblem(503) while the issuer's keys are out of reach.
         """
         if token.count(".") != 2:
             text = "not a signed JWT: an opaque session token has to be exchanged for one"
@@ -48,8 +55,9 @@ class TokenVerifier:
             header = jwt.get_unverified_header(token)
             alg, kid = str(header.get("alg")), header.get("kid")
             if alg == "HS256" and self.secret:
-                return *self.read(decode(token, alg, self.secret)), False
-            return *self.read(await self.decode_by_issuer(token, alg, kid)), True
+                return Verified(*self.read(decode(token, alg, self.secret)), by_jwks=False)
+            claims = await self.decode_by_issuer(token, alg, kid)
+            return Verified(*self.read(claims), by_jwks=True)
         except jwt.PyJWTError as error:
             raise Unauthorized(reason=str(error)[:100]) from None
 
@@ -57,7 +65,7 @@ class TokenVerifier:
         """Tries the known keys that fit, and then those that have replaced them, if any."""
         tried: list[Any] = []
         error: jwt.PyJWTError = jwt.InvalidKeyError(f"no key for {alg:.16}, or none with its kid")
-        while keys := await self.key_set.find(kid, alg, refused=tried):
+        while keys := await self.key_set.find(kid, alg, tried=tried):
             for key in keys:
                 try:
                     return decode(token, alg, key)

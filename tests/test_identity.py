@@ -178,19 +178,26 @@ def test_accounts_take_a_secret_of_their_own(
 
 
 WRONG_SETTINGS = {
-    "JWT_SECRET": ["x" * 31, "x" * 40, "change-me-change-me-change-me-change-me", "é" * 15],
+    "JWT_SECRET": [
+        "x" * 31, "x" * 40, "change-me-change-me-change-me-change-me", "é" * 15,
+        "<paste the output of openssl here>", "$(openssl rand -base64 32) of a shell",
+    ],
     "BETTER_AUTH_SECRET": ["your-super-secret-key-of-thirty-two-bytes", "hunter2"],
     "JWT_JWKS_URL": [
         "issuer.example/jwks", "https://", "file:///etc/passwd", "https://a b/jwks",
-        "https://issuer.example:0/jwks", "https://issuer.example:port/jwks", "https:///jwks",
-        "https://issuer.example/.well-known/openid-configuration", "http://user:secret@h.example/",
+        "https://issuer.example:0/jwks", "https://issuer.example:99999/jwks",
+        "https://issuer.example:port/jwks", "https:///jwks",
+        "https://issuer.example/.well-known/openid-configuration/", "http://user:secret@h.example/",
     ],
     "JWT_ISSUER": ["https://", "https://a.example, https://b.example", "https://a.example b"],
     "JWT_AUDIENCE": ["a,b", "http:", "a b"],
     "JWT_USER_CLAIM": ["user id", "exp", "aud", 'a"b', "\u00e9"],
     "ACCOUNTS": ["yes"],
     "RATE_LIMIT": ["600", "0/minute", "600/fortnight", "-1/minute", "1e3/minute", "a lot"],
-    "RATE_LIMIT_STORAGE_URI": ["ftp://h", "redis://", "redis://h:port", "redis://h:0", "h:6379"],
+    "RATE_LIMIT_STORAGE_URI": [
+        "ftp://h", "redis://", "redis://h:port", "redis://h:0",
+        "h:6379", "redis://h/zero",
+    ],
 }  # fmt: skip
 
 
@@ -359,7 +366,8 @@ def test_while_redis_is_frozen_one_request_asks_and_the_rest_count_here(
     monkeypatch.setattr(ratelimit, "PAUSE", 1.5)
 
     async def story() -> None:
-        limiter, limit, process = RateLimiter(redis[0]), Limit(1000, 600), redis[1]
+        limiter = RateLimiter(f"{redis[0]}?socket_timeout=4")  # ours wins
+        limit, process = Limit(1000, 600), redis[1]
         await limiter.hit("test", limit, "u")
         process.send_signal(signal.SIGSTOP)
         for askers in (20, 1, 1, 1, 1):
@@ -375,6 +383,23 @@ def test_while_redis_is_frozen_one_request_asks_and_the_rest_count_here(
         assert limiter.windows["test"][1] == here  # Redis counts again
 
     run_and_collect(story())
+
+
+def test_of_a_burst_of_300_redis_lets_the_limit_through(redis: Redis) -> None:
+    async def story() -> None:
+        limiter, limit = RateLimiter(redis[0]), Limit(50, 600)
+        calls = [limiter.hit("test", limit, "u") for _ in range(300)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert answers.count(None) == 50
+
+    run_and_collect(story())
+
+
+@parametrize("end", [":99999", "?socket_timeout=abc", "?hunter2=bar"])
+def test_a_uri_that_redis_cannot_have_is_one_line(end: str) -> None:
+    with pytest.raises(SystemExit, match="RATE_LIMIT_STORAGE_URI ") as raised:
+        RateLimiter(f"redis://h{end}")
+    assert "hunter2" not in str(raised.value)
 
 
 class Asked:
@@ -406,7 +431,7 @@ def test_after_three_failures_one_request_in_five_seconds_asks_redis(caplog: Any
             (5, True, 4),
             (5, False, 14),
         ):
-            limiter.retry_at -= seconds
+            limiter.ask_again_at -= seconds
             for _ in range(10):
                 await limiter.hit("test", Limit(1000, 600), "u")
             assert redis.asked == asked
@@ -486,13 +511,14 @@ def age(keys: KeySet, seconds: float) -> None:
 
 @parametrize(("seconds", "is_good"), [(590, True), (601, False)])
 def test_a_key_that_the_issuer_withdraws_is_good_for_ten_minutes(
-    issuer: Issuer, seconds: float, is_good: bool
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer, seconds: float, is_good: bool
 ) -> None:
     async def story() -> None:
         keys, kid = KeySet(issuer.url, ALGORITHMS), issuer.keys["EdDSA"][0]
         assert await finds(keys, issuer)
         issuer.rotate()
-        age(keys, seconds)
+        keys.started -= 6
+        monkeypatch.setattr(jwks, "time", lambda: time.time() + seconds)  # monotonic() may stop
         assert await finds(keys, issuer, kid=kid) is is_good
 
     asyncio.run(story())
@@ -523,11 +549,13 @@ def test_an_rsa_key_of_less_than_2048_bits_is_not_used_and_the_log_says_so(
     assert "2047 bits" in raised.value.reason
 
 
-@parametrize("change", [{"use": "enc"}, {"alg": "RS512"}, {"alg": "PS256"}])
+@parametrize("change", [
+    {"use": "enc"}, {"key_ops": ["encrypt"]}, {"alg": "RS512"}, {"alg": "PS256"},
+])  # fmt: skip
 def test_only_a_key_for_signatures_by_its_algorithm_is_used(
-    monkeypatch: pytest.MonkeyPatch, issuer: Issuer, change: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch, issuer: Issuer, change: dict[str, Any]
 ) -> None:
-    public, wanted = issuer.public(), {"use": "sig"}
+    public, wanted = issuer.public(), {"use": "sig", "key_ops": ["verify"]}
     monkeypatch.setattr(issuer, "public", lambda: [key | wanted for key in public])
     assert asyncio.run(finds(KeySet(issuer.url, ALGORITHMS), issuer, "RS256"))
     wanted |= change
@@ -604,7 +632,7 @@ def test_a_fetch_without_an_end_is_given_up_and_its_answer_replaces_nothing(
         await asyncio.sleep(1.5)
         assert keys.fetched == fetched and issuer.requests == 2
 
-    monkeypatch.setattr(jwks, "LIFETIME", 0.5)  # of ten minutes
+    monkeypatch.setattr(jwks, "FETCH_LIMIT", jwks.FETCH_LIMIT / 60)  # 0.5 s
     asyncio.run(story())
 
 
@@ -696,7 +724,7 @@ def test_while_the_issuer_is_down_a_key_replaced_under_its_kid_is_503(issuer: Is
         keys.url += "/missing"
         keys.started -= 6
         with pytest.raises(HTTPProblem) as raised:
-            await keys.find(kid, "EdDSA", refused=old)
+            await keys.find(kid, "EdDSA", tried=old)
         assert raised.value.code == "keys_unavailable"
 
     asyncio.run(story())
