@@ -61,15 +61,14 @@ class PreparedRoutes:
         self.routes: dict[str, list[tuple[Route, list[Call]]]] = {}  # by method
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        app = scope["app"]
         if scope["type"] == "lifespan":  # the start, when the app has all its routes
             self.routes.clear()  # of an earlier start
             # A mount or a router may answer for the routes after it: they are FastAPI's too.
-            for route in takewhile(lambda each: isinstance(each, Route), app.routes):
+            for route in takewhile(lambda each: isinstance(each, Route), scope["app"].routes):
                 calls = prepare(route)
                 for method in route.methods or ():
                     self.routes.setdefault(method, []).append((route, calls))
-        elif not app.dependency_overrides:
+        elif not scope["app"].dependency_overrides:
             path = scope["path"].removeprefix(scope["root_path"])
             for route, calls in self.routes.get(scope.get("method", ""), ()):  # WebSocket: ""
                 if found := route.path_regex.match(path):
