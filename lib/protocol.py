@@ -118,7 +118,7 @@ class Protocol(HttpToolsProtocol):
     def close(self) -> None:
         """Ends the connection when the client has taken what was sent. The first call waits for a
         client that may still send, and a second one does not."""
-        cycle, may_send = self.cycle, bool(self.refusal)
+        cycle, may_send = self.running or self.cycle, bool(self.refusal)
         if cycle:  # without keep-alive, nothing behind it is read
             may_send |= cycle.more_body or not (cycle.keep_alive or self.shuts_down)
         is_first = self.state is not ENDING

@@ -208,14 +208,20 @@ def test_what_fails_after_its_response_does_not_end_the_request_behind_it() -> N
 BROKEN = CHUNKED + b"no size\r\n"
 
 
-@pytest.mark.parametrize(("sent", "closes"), [(GET, True), (BROKEN, True), (CHUNKED, False)])
-def test_sigterm_lets_a_client_send_on_that_has_no_answer_yet(sent: bytes, closes: bool) -> None:
+@pytest.mark.parametrize(
+    ("sent", "sigterm", "closes"),
+    [(GET * 2, False, False), (GET, True, True), (BROKEN, True, True), (CHUNKED, True, False)],
+)
+def test_a_close_waits_for_a_client_that_may_send_on(
+    sent: bytes, sigterm: bool, closes: bool
+) -> None:
     async def story() -> None:
-        protocol = connected(PlainTextResponse("answer"))
+        protocol = connected(PlainTextResponse("answer", headers={"Connection": "close"}))
         transport: Mock = protocol.transport  # type: ignore[assignment]
         protocol.data_received(sent)
         assert not transport.close.called
-        protocol.shutdown()
+        if sigterm:
+            protocol.shutdown()
         await answered(protocol)
         assert (transport.close.called, transport.write_eof.called) == (closes, sent != GET)
 
