@@ -27,6 +27,7 @@ sockettimeout statementcachesize statementtimeout supa timeout timezone uselibpq
 SCHEMAS = {"schema", "currentschema", "searchpath"}
 SSLMODES = {"true": "require", "1": "require", "no-verify": "require"}  # of `ssl`
 SSLMODES |= {"false": "disable", "0": "disable"}
+FREE = {"password", "sslpassword", "options", "application_name"}  # may have ; or & in them
 MALFORMED = (
     "DATABASE_URL is not of the form postgresql://user:password@host/database: write @ in a name"
     " or a password as %40, / as %2F, : as %3A, & as %26 and % as %25"
@@ -42,13 +43,17 @@ def connection_string(database_url: str, schema: str) -> str:
     text = QUOTED.sub(r"\2", text).strip()
     if not text:
         raise SystemExit("DATABASE_URL is not set: the service needs a PostgreSQL database")
-    if re.match("[^=]*://", text):  # else host=…, which may end in a value's semicolon
+    is_uri = re.match("[^=]*://", text)  # else host=…, which may end in a value's semicolon
+    if is_uri:
         text = uri_for_libpq(text.rstrip("; "), schema)
     try:
         given = conninfo.conninfo_to_dict(text)
     except (psycopg.ProgrammingError, UnicodeError):  # %ff is not UTF-8
         raise SystemExit(MALFORMED) from None
-    if not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):  # libpq would repeat it
+    # libpq would repeat these, and a password of another driver's form within.
+    if any(re.search("[;&]", str(value)) for name, value in given.items() if name not in FREE):
+        raise SystemExit(f"{MALFORMED}. Its parameters follow a ?")
+    if not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):
         raise SystemExit(f"{MALFORMED}. Its port is not a number")
     defaults = {"connect_timeout": "3", "keepalives_idle": "30", "application_name": schema}
     return conninfo.make_conninfo("", **defaults | given | {"client_encoding": "utf8"})
@@ -72,10 +77,12 @@ def uri_for_libpq(uri: str, schema: str) -> str:
     if mode := given.get("sslmode", ssl):
         given["sslmode"] = SSLMODES.get(mode.lower(), mode)
     for name in sorted(given.keys() - LIBPQ):
-        value, plain = given.pop(name), re.sub("[_-]", "", name.lower())
+        value, normalized = given.pop(name), re.sub("[_-]", "", name.lower())
         others = set(re.split(r"[\s,\"']+", value)) - {"", "public", "$user", schema}
-        if plain in SCHEMAS and others:
+        if normalized in SCHEMAS and others:
             raise SystemExit(f"DATABASE_URL asks for the schema {value}: ours is {schema}")
-        if plain not in HARMLESS and plain not in SCHEMAS:
+        if normalized not in HARMLESS and normalized not in SCHEMAS:
+            if "password" in given:  # the name may be what follows an & in it
+                raise SystemExit(MALFORMED)
             raise SystemExit(f"DATABASE_URL has an unknown parameter, remove it: {name}")
     return f"postgresql://{place}?" + urlencode(given, quote_via=quote)

@@ -338,6 +338,12 @@ def test_another_drivers_word_for_tls_does_not_weaken_sslmode(
         assert found["sslmode"] == wanted
 
 
+OTHER_FORMS = [
+    "host=h;port=1;password=hunter2", "sslmode=require;password=hunter2", "user=u;password=hunter2",
+    "jdbc:postgresql://h/d;user=u;password=hunter2", "postgresql://h/d&user=u&password=hunter2",
+]  # fmt: skip
+
+
 @parametrize(
     ("given", "named"),
     [
@@ -350,7 +356,8 @@ def test_another_drivers_word_for_tls_does_not_weaken_sslmode(
         ("postgresql://u:p@h:hunter2/d", "port"),
         (f"{WORKS}?Schema=other", "schema other"), (f"{WORKS}?search_path=other", "schema other"),
         (f"{WORKS}?sslmod=x", "sslmod"), (f"{WORKS}?ssl_min_version=x", "ssl_min_version"),
-        (f"{WORKS}?password=ab&hunter2", "%26"),
+        (f"{WORKS}?password=ab&hunter2", "%26"), (f"{WORKS}?password=ab&hunter2=c", "%26"),
+        *((each, "follow a ?") for each in OTHER_FORMS),
         ("  ", "not set"), ("''", "not set"),
     ],
 )  # fmt: skip
