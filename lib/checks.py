@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from contextlib import suppress
 
 import psycopg
 from psycopg import AsyncConnection, AsyncRawCursor, errors
@@ -54,6 +55,9 @@ async def check_pooler(connection: AsyncConnection, conninfo: str) -> None:
             await asyncio.wait({again}, timeout=2)
             await other.rollback()  # so that the pooler's only server connection is free
             await again
+        # A pooler that does not track it keeps it for the next start. One that does renames it.
+        with suppress(errors.InvalidSqlStatementName):
+            await connection.execute("DEALLOCATE _pg3_0")  # psycopg's first name
     except (errors.InvalidSqlStatementName, errors.DuplicatePreparedStatement):
         text = "a pooler that mixes up prepared statements: PgBouncer needs to be 1.21 or newer"
         raise NotReady(f"DATABASE_URL leads to {text}, with max_prepared_statements") from None
@@ -62,20 +66,20 @@ async def check_pooler(connection: AsyncConnection, conninfo: str) -> None:
 
 
 async def check_statements(
-    connection: AsyncConnection, statements: list[Statement], refusal: str
+    connection: AsyncConnection, statements: list[Statement], suffix: str
 ) -> None:
     """What check_statement() names. In a read-only database it looks at reads only."""
     [(read_only,)] = await (await connection.execute("SHOW transaction_read_only")).fetchall()
     for each in statements:
         if each.reads_only or read_only == "off":
-            await check_statement(connection, each, refusal)
+            await check_statement(connection, each, suffix)
 
 
-async def check_statement(connection: AsyncConnection, statement: Statement, refusal: str) -> None:
+async def check_statement(connection: AsyncConnection, statement: Statement, suffix: str) -> None:
     """A table, column, function, unique index or privilege that it lacks.
 
     EXPLAIN looks for these and does not run it. PREPARE looks for no index and no privilege.
-    `refusal` says why the schema was not applied.
+    `suffix` ends its line, and says why the schema was not applied.
     """
     text = statement.text.decode()
     tables = re.findall(r"\b\w+\.\w+", text)
@@ -91,7 +95,7 @@ async def check_statement(connection: AsyncConnection, statement: Statement, ref
         raise NotReady(f"{denied}: {error.diag.message_primary}: see docs/DATABASES.md") from None
     except (psycopg.ProgrammingError, psycopg.DataError) as error:
         unfit = f"the schema does not fit this release: {statement.name}"
-        raise NotReady(f"{unfit}: {error.diag.message_primary}{refusal}") from None
-    rows = await (await connection.execute(WITHOUT_POLICY, [tables, commands])).fetchall()
-    if without := sorted(each for (each,) in rows):
+        raise NotReady(f"{unfit}: {error.diag.message_primary}{suffix}") from None
+    cursor = await connection.execute(WITHOUT_POLICY, [tables, commands], prepare=False)
+    if without := sorted(each for (each,) in await cursor.fetchall()):
         raise NotReady(f"{denied}: no policy for {', '.join(without)}: see docs/DATABASES.md")

@@ -62,7 +62,8 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
         print("Stop:  Ctrl-C\n", flush=True)
         fd = listener.fileno()
         command = [sys.executable, "-m", "lib.develop", app, str(fd), str(os.getpid()), *reload]
-        service = stack.enter_context(Popen(command, cwd=FOLDER, pass_fds=[fd]))
+        # In a group of its own, because Ctrl-C is for this process, which ends the service.
+        service = stack.enter_context(Popen(command, cwd=FOLDER, pass_fds=[fd], process_group=0))
         stack.callback(service.terminate)
         sys.exit(service.wait())
 

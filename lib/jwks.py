@@ -54,8 +54,7 @@ class KeySet:
     def __init__(self, url: str, algorithms: Collection[str]) -> None:
         self.url, self.algorithms = url, algorithms
         self.keys: list[Key] = []
-        # By time(), because monotonic() stands still in a suspended machine.
-        self.fetched = float("-inf")
+        self.fetched = float("-inf")  # by time(): monotonic() stands still in a suspended machine
         self.started = float("-inf")  # the last fetch, by monotonic()
         self.fetching: asyncio.Task[None] | None = None  # the last fetch, which may have ended
         self.failure = ""  # why the last one that has ended brought no set

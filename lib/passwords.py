@@ -10,6 +10,7 @@ as two code points. Release 1 hashed what was sent: check() tries that too.
 
 import base64
 import hashlib
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ import bcrypt
 from lib.problems import HTTPProblem
 
 MAX_BYTES = 72  # bcrypt reads no further
+log = logging.getLogger("passwords")
 busy = partial(HTTPProblem, 503, "Too many logins at once", headers={"Retry-After": "3"})
 
 
@@ -41,8 +43,12 @@ class Passwords:
     async def check(self, password: str, stored: bytes | None) -> bool:
         """Whether `stored` is the hash of the password, and not None. Raises as hash()."""
         for text in dict.fromkeys([normalize("NFC", password), password]):
-            if await self.run(bcrypt.checkpw, to_bytes(text), stored or self.dummy):
-                return stored is not None
+            try:
+                if await self.run(bcrypt.checkpw, to_bytes(text), stored or self.dummy):
+                    return stored is not None
+            except ValueError as error:  # a hash by something else
+                log.error("a stored hash cannot be checked: %s", error)
+                return False
         return False
 
     def refuse_if_busy(self) -> None:

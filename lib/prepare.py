@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
@@ -23,16 +24,19 @@ from pgpipeline import Statement
 
 STARTUP_TIMEOUT = 30.0  # seconds that a start may wait
 QUIET = 3.0  # seconds after which it logs what it waits for
+WAITING = "the start waits for a lock, another instance, or a pooler without a free connection"
 APPLYING = "the schema is being applied"
 
 # An ALTER that waits for a lock stops every session behind it, so it waits for 2 s at a time. One
 # that runs may take longer than a timeout of a role or a database. PostgreSQL 17 has two.
-LOCK = """
+BEGIN_ATTEMPT = """
 SELECT set_config('lock_timeout', '2s', true), set_config('statement_timeout', '0', true),
     CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
         THEN set_config('transaction_timeout', '0', true) END,
     set_config('search_path', 'pg_catalog', true), pg_advisory_xact_lock(hashtext(%s))
 """
+# Ends a migration soon after its process. Its lock would stop the next start.
+FOLLOW_CLIENT = "SELECT set_config('client_connection_check_interval', '2s', true)"
 COMMENT = "SELECT coalesce(obj_description(to_regclass(%s), 'pg_class'), '')"
 
 log = logging.getLogger("postgres")
@@ -81,7 +85,7 @@ class Start:
             try:
                 return await self.attempt()
             except errors.LockNotAvailable:
-                self.state = "the start waits for a lock on a table, or for another instance"
+                self.state = WAITING
             except psycopg.OperationalError as error:  # a deadlock, a full disk, or no connection
                 self.state = error.diag.message_primary or await explain(error, self.conninfo)
             except psycopg.Error as error:
@@ -92,14 +96,14 @@ class Start:
 
     async def attempt(self) -> None:
         async with await AsyncConnection.connect(self.conninfo, autocommit=True) as connection:
-            self.state = "the start waits for a lock, or for a pooler without a free connection"
+            self.state = WAITING
             await check_session(connection, self.conninfo)
             # A stricter level would not see what another instance has applied under the lock.
             await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
             async with connection.transaction():
-                await connection.execute(LOCK, [self.table])
-                refusal = await self.apply(connection)
-                await check_statements(connection, self.statements, refusal)
+                await connection.execute(BEGIN_ATTEMPT, [self.table])
+                suffix = await self.apply(connection)
+                await check_statements(connection, self.statements, suffix)
             if self.state == APPLYING:
                 log.info("schema applied")
 
@@ -114,6 +118,9 @@ class Start:
                 self.state = APPLYING
                 self.report(logging.INFO)
                 self.limit.reschedule(None)
+                with suppress(psycopg.Error):  # before PostgreSQL 14, or a system without it
+                    async with connection.transaction():
+                        await connection.execute(FOLLOW_CLIENT)
                 await connection.execute(self.schema)
                 # The schema may have moved the table here.
                 [(comment,)] = await (await connection.execute(COMMENT, [self.table])).fetchall()

@@ -54,9 +54,7 @@ class RateLimiter:
     def __init__(self, storage_uri: str = "") -> None:
         """Raises SystemExit where RATE_LIMIT_STORAGE_URI, which `storage_uri` is, cannot work."""
         self.windows: dict[str, tuple[float, dict[str, int]]] = {}  # by name: end, counters
-        self.redis: Any = None
-        if storage_uri:
-            self.redis = connect(storage_uri)
+        self.redis: Any = connect(storage_uri) if storage_uri else None
         self.failures = 0  # of Redis in a row
         self.ask_again_at = 0.0  # by monotonic(): when one request asks, after MAX_FAILURES
 

@@ -19,9 +19,7 @@ from pydantic import AfterValidator, ValidationError, ValidationInfo, field_vali
 
 ENV_FILE = Path(__file__).parent.parent / ".env"
 MIN_SECRET = 32  # bytes: RFC 7518 section 3.2 wants a key no shorter than the hash
-PLACEHOLDER = re.compile(
-    r"change.?(me|this)|replace.?(me|this)|your.{0,12}secret|^<.*>$|\$\(", re.IGNORECASE
-)
+PLACEHOLDER = re.compile(r"(?i)(change|replace).?(me|this)|your.{0,12}secret|^<.*>$|\$\(")
 HOST = r"([^\s/?#@]*@)?(\[[^\s/?#@]+\]|[^\s/?#@:]+)(:[1-9]\d{0,4})?"  # of a URL, with user and port
 
 

@@ -36,7 +36,9 @@ class Run:
         self.output = folder / f"{len(list(folder.glob('*.output')))}.output"
         command = [python, str(folder / "main.py"), *options]
         with self.output.open("w") as log:
-            self.process = subprocess.Popen(command, env=outside(**given), stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command, env=outside(**given), stdout=log, stderr=log, process_group=0
+            )
 
     @property
     def printed(self) -> str:
@@ -114,6 +116,14 @@ def test_each_signal_stops_the_service_and_its_postgresql(used: Path, number: in
     assert "Finished server process" in run.printed.splitlines()[-1]
     assert "Traceback" not in run.printed
     assert inside(used) == []
+
+
+def test_ctrl_c_while_the_service_starts_prints_no_traceback(used: Path) -> None:
+    run = Run(used)
+    wait_until(lambda: "Stop:" in run.printed)
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal sends it
+    assert run.process.wait(40) == 0
+    assert "Traceback" not in run.printed
 
 
 def test_it_accepts_by_as_many_sockets_as_the_procfiles_server(used: Path) -> None:

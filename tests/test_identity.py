@@ -245,6 +245,11 @@ def test_a_password_of_release_1_stays_good(password: str) -> None:
     assert asyncio.run(auth.passwords.check(password, bcrypted(password)))
 
 
+def test_a_stored_hash_that_bcrypt_cannot_read_fits_no_password(caplog: Any) -> None:
+    assert not asyncio.run(auth.passwords.check("correct horse", b"$argon2id$v=19$x"))
+    assert "a stored hash cannot be checked" in caplog.text
+
+
 def test_a_password_is_the_same_however_its_accents_are_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
