@@ -1,6 +1,7 @@
 """Connections in libpq's pipeline mode, and psycopg's pool that opens and replaces them."""
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic, time
 from typing import Any
 
@@ -67,18 +68,22 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
             open=False,
         )
         self.drained_at = float("-inf")  # on the clock of time.monotonic()
-        self.needed = 0  # by callers of acquire() who have none
+        self.waiters: list[Callable[[], bool]] = []
 
-    async def acquire(self, has_some: bool = False) -> Connection:
+    async def acquire(self, needs: Callable[[], bool] = lambda: True) -> Connection:
         """Waits for a connection that works. Raises PoolClosed, also before open().
 
-        Who has some already does not ask others to release theirs.
+        `needs` tells, while it waits, whether others should release a connection for it.
         """
-        self.needed += not has_some
+        self.waiters.append(needs)
         try:
             return await self.acquire_live()
         finally:
-            self.needed -= not has_some
+            self.waiters.remove(needs)
+
+    def count_needed(self) -> int:
+        """How many callers of acquire() need a connection of others."""
+        return sum(needs() for needs in self.waiters)
 
     async def acquire_live(self) -> Connection:
         while True:

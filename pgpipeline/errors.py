@@ -19,7 +19,7 @@ class UniqueViolation(Exception):
 
 
 class ForeignKeyViolation(Exception):
-    """The row referred to is missing. The argument is the constraint. Nothing was stored."""
+    """A row refers to one that is missing, or is to go. The argument is the constraint."""
 
 
 class UnexpectedError(Exception):
@@ -63,16 +63,12 @@ def error_of(name: str, error: postgres.Error) -> Exception:
     sqlstate = error.diag.sqlstate or ""
     if isinstance(error, postgres.UniqueViolation):
         return UniqueViolation(error.diag.constraint_name)
-    if isinstance(error, postgres.ForeignKeyViolation):
+    if isinstance(error, postgres.ForeignKeyViolation | postgres.RestrictViolation):
         return ForeignKeyViolation(error.diag.constraint_name)
     if sqlstate[:2] == "22" or sqlstate in {"23514", "23502"}:
         return InvalidValue(sqlstate)
-    if sqlstate[:2] in {"08", "40", "53", "57", "58"} or sqlstate in {
-        "25006",
-        "55P03",
-        "26000",
-        "42P05",
-    }:
+    is_outage = sqlstate[:2] in {"08", "40", "53", "57", "58"} or sqlstate == "55P03"
+    if is_outage or isinstance(error, RETRYABLE):
         return Unavailable(f"{name}: {sqlstate}")
     text = error.diag.message_primary if sqlstate[:2] == "42" else ""
     return UnexpectedError(f"{name}: {sqlstate} {text}".strip())

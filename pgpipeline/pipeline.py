@@ -5,7 +5,7 @@ import logging
 from contextlib import suppress
 from enum import IntEnum
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg.errors as postgres
 
@@ -174,8 +174,16 @@ class Pipeline:
         others_wait = len(self.sent) > 1 or query.tenant.line or queue.is_held_up(self)
         if query.result.done() or (is_over and others_wait):
             self.cancelled, self.cancelled_at = query, now
-            try:
-                await self.connection.cancel_safe(timeout=CANCEL_TIMEOUT)
-            except (postgres.Error, OSError):
+            await self.cancel()
+
+    async def cancel(self) -> None:
+        """Cancels what PostgreSQL executes on the connection. Waits, but not beyond the end."""
+        task = asyncio.create_task(self.connection.cancel_safe(timeout=CANCEL_TIMEOUT))
+        ends: list[asyncio.Future[Any]] = [task, self.end]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done() or task.exception():
                 # It may still be on its way to a query of whoever acquires the connection next.
                 self.advance(State.BROKEN)
+                task.cancel()

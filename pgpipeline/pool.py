@@ -144,8 +144,9 @@ class PipelinePool:
     async def run_pipeline(self) -> None:
         """The life of a pipeline. After one that has failed, the next one is opened later."""
         try:
-            has_some = bool(self.pipelines)
-            pipeline = Pipeline(self, await self.connections.acquire(has_some))
+            # Who has a pipeline already asks nobody else to release one.
+            connection = await self.connections.acquire(lambda: not self.pipelines)
+            pipeline = Pipeline(self, connection)
             self.pipelines.append(pipeline)
             try:
                 await pipeline.run()
@@ -157,8 +158,9 @@ class PipelinePool:
 
     def is_connection_wanted(self) -> bool:
         """Whether more callers need a connection than pipelines will release one."""
-        ending = sum(each.state is not State.ACTIVE for each in self.pipelines)
-        return self.connections.needed > ending
+        now = monotonic()
+        ending = [each for each in self.pipelines if each.state is not State.ACTIVE]
+        return self.connections.count_needed() > sum(not each.is_silent(now) for each in ending)
 
     def drain(self) -> None:
         """Ends all pipelines, because since a failover each may lead to a standby."""

@@ -17,7 +17,7 @@ from pgpipeline import errors
 from pgpipeline.queue import Query
 from pgpipeline.result import Result
 
-SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
+SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, ExecStatus.EMPTY_QUERY}
 
 
 class Protocol:
@@ -49,14 +49,17 @@ class Protocol:
         After an exception no more can be read, because nobody knows whose the next answer is:
         psycopg.Error if the connection is lost, and of errors.ends_session() if PostgreSQL gave up.
         """
-        separated = False
-        self.pgconn.consume_input()
+        separated, lost = False, None
+        try:
+            self.pgconn.consume_input()
+        except postgres.OperationalError as error:
+            lost = error  # PostgreSQL's last word may have been read before the end of the stream
         while self.sent and not self.pgconn.is_busy():
             result = self.pgconn.get_result()
             if not result and separated:
                 # libpq separates two results by one None. After two of them nothing will come,
                 # so an answer is missing and all that follow would go to the wrong callers.
-                raise postgres.OperationalError("an answer is missing")
+                raise lost or postgres.OperationalError("an answer is missing")
             separated = not result
             if result and result.status == ExecStatus.PIPELINE_SYNC:
                 answer, self.answer = self.answer, None
@@ -65,6 +68,8 @@ class Protocol:
                 yield self.sent.popleft(), answer
             elif result:
                 self.keep(result)
+        if lost:
+            raise lost
 
     def keep(self, result: PGresult) -> None:
         """Keeps an answer until its Sync comes, because rows leave PostgreSQL before the commit."""
@@ -75,8 +80,6 @@ class Protocol:
             pass  # the query was skipped: the answer is the error of its Parse, which came before
         elif status == ExecStatus.COMMAND_OK and not result.command_status:
             pass  # the statement is prepared, and the query not yet executed
-        elif result.command_status in (b"BEGIN", b"START TRANSACTION"):
-            raise postgres.NotSupportedError("a transaction of several statements")
         elif status in SUCCESS:
             try:
                 self.answer = Result(result)

@@ -19,7 +19,7 @@ from pgpipeline.statement import Statement
 
 STEP = 4  # places between two queries of a tenant, at least
 FEW = 4  # queries of a tenant under way, while others wait
-SLOW_MEMORY = 2.0  # seconds for which a tenant counts as slow after a slow query
+SLOW_MEMORY = 3.0  # seconds for which a tenant counts as slow: beyond a cancellation that fails
 MAX_QUEUE = 2000  # queries that may wait; a request weighs some 20 KB
 
 
@@ -117,24 +117,19 @@ class Queue:
 
     def take(self, pipeline: Hashable) -> Query | None:
         """Takes the next query that may go to a pipeline, or None."""
-        query = self.find(pipeline, self.slow_pipelines())
-        if query:
-            tenant = query.tenant
-            tenant.under_way.append(pipeline)
-            tenant.last_place = max(tenant.last_place, query.place)
-            self.remove(query)
-            self.next_place = max(self.next_place, query.place)
-        return query
-
-    def find(self, pipeline: Hashable, used: set[Hashable]) -> Query | None:
-        """The next query that may go to a pipeline. Slow tenants use some pipelines."""
+        used = self.slow_pipelines()
         for query in self.heads:
-            if self.may_send(query.tenant, pipeline, used):
+            tenant = query.tenant
+            if self.may_send(tenant, pipeline, used):
+                tenant.under_way.append(pipeline)
+                tenant.last_place = max(tenant.last_place, query.place)
+                self.remove(query)
+                self.next_place = max(self.next_place, query.place)
                 return query
         return None
 
     def may_send(self, tenant: Tenant, pipeline: Hashable, used: set[Hashable]) -> bool:
-        """Whether a tenant's next query may go to a pipeline."""
+        """Whether a tenant's next query may go to a pipeline. Slow tenants use some of them."""
         if tenant in self.slow:  # rule 3
             are_all_slow = len(self.slow) == len(self.tenants)
             most = max(self.size - 1, 1) if are_all_slow else 1

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import get_args
 from uuid import UUID
 
-from psycopg import DataError
+from psycopg import DataError, ProgrammingError
 from psycopg.adapt import PyFormat, Transformer
 
 from pgpipeline.errors import InvalidValue
@@ -16,6 +16,9 @@ from pgpipeline.errors import InvalidValue
 adapt = Transformer()
 Scalar = str | bool | int | float | Decimal | UUID | date | time  # datetime is a date
 Value = Scalar | Enum | list[str] | list[int] | None
+# COPY has results without an end. The others are for a session, which is everybody's here.
+NO_STATEMENT = re.compile(r"\s*(BEGIN|START|COPY|LISTEN)\b", re.IGNORECASE)
+MAX_PARAMETERS = 65_535  # of the protocol
 SCALARS = {datetime, *get_args(Scalar)}
 
 
@@ -26,12 +29,15 @@ class Statement:
 
     `name` is shown in logs and traces. A statement whose text begins with SELECT in capitals counts
     as a read: it may be executed again when its connection is lost, with the functions that it
-    calls. Two percent signs are not an escape here.
+    calls. Two percent signs are not an escape here. Make each once: its text stays prepared on the
+    server. Raises ValueError for what cannot share a connection, such as BEGIN.
     """
 
     def __init__(self, name: str, text: str) -> None:
         self.name = name
         names = self.parameters = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", text)))
+        if NO_STATEMENT.match(text) or len(names) > MAX_PARAMETERS:
+            raise ValueError(f"{name} is not a statement that can share a connection")
         # The protocol numbers parameters: $1 is the first one.
         numbered = re.sub(r"%\((\w+)\)s", lambda found: f"${names.index(found[1]) + 1}", text)
         self.text = numbered.encode()
@@ -48,7 +54,8 @@ class Statement:
         self.generation += 1
         digest = hashlib.sha256(self.text).hexdigest()[:16]
         # PostgreSQL would cut the whole after 63 bytes.
-        self.prepared_name = self.name.encode()[:40] + f"_{digest}_{self.generation}".encode()
+        name = self.name.encode()[:40].decode(errors="ignore")
+        self.prepared_name = f"{name}_{digest}_{self.generation}".encode()
 
 
 def encode(value: Value) -> bytes | None:
@@ -74,3 +81,5 @@ def encode_other(value: Value) -> bytes | None:
         return bytes(adapt.get_dumper(value, PyFormat.TEXT).dump(value) or b"")
     except (DataError, UnicodeEncodeError):  # a NUL, or a lone surrogate
         raise InvalidValue("22021") from None
+    except ProgrammingError as error:  # no dumper for its elements
+        raise TypeError(str(error)) from None

@@ -7,8 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import LiteralString
-from unittest.mock import AsyncMock
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -75,16 +74,35 @@ async def test_a_write_that_postgresql_says_it_has_not_made_is_made_once(
     assert how == "terminate" or not pipeline.cancelled  # that one has come
 
 
+@pytest.mark.parametrize("fails", [True, False])
 async def test_a_connection_is_closed_to_which_a_cancellation_may_still_be_on_its_way(
-    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
+    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    late = AsyncMock(side_effect=psycopg.errors.CancellationTimeout)
-    monkeypatch.setattr(Connection, "cancel_safe", late)
+    async def cancel_late(_: Connection, **__: float) -> None:
+        await asyncio.sleep(0.2 if fails else 5)
+        raise psycopg.errors.CancellationTimeout
+
+    monkeypatch.setattr(Connection, "cancel_safe", cancel_late)
     query = await start(pool, "SELECT 1 FROM pg_sleep(0.6)")
     [pipeline] = pool.pipelines
     query.cancel()
     await asyncio.sleep(0.8)
+    await pool.close()
     assert pipeline.connection.closed
+
+
+async def test_a_lost_connection_is_seen_while_a_cancellation_is_on_its_way(
+    pool: PipelinePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "cancel_safe", lambda *_, timeout: asyncio.sleep(timeout))
+    monkeypatch.setattr("pgpipeline.pipeline.STATEMENT_TIMEOUT", 0.1)
+    slow = await start(pool, "SELECT 1 FROM pg_sleep(0.9)")
+    await asyncio.sleep(0.2)  # by then rule 3 lets its tenant have one query under way
+    query = asyncio.create_task(ask(pool, "SELECT 1"))  # waits, so that the first is cancelled
+    await asyncio.sleep(0.2)
+    cut_all(pool)
+    async with asyncio.timeout(1.5):
+        await asyncio.gather(slow, query)
 
 
 async def test_a_write_that_met_the_end_of_an_idle_session_is_made_once(table: str) -> None:
@@ -93,6 +111,18 @@ async def test_a_write_that_met_the_end_of_an_idle_session_is_made_once(table: s
     async with proxy.serve() as far, pool_of(far, size=1) as pool:
         await ask(pool, "SELECT set_config('idle_session_timeout', '1ms', false)")
         await ask(pool, "INSERT INTO stored VALUES (1)")
+    assert value(table, "SELECT count(*) FROM stored") == 1
+
+
+async def test_a_write_sent_between_the_last_word_and_the_end_of_a_session_is_made_once(
+    pool: PipelinePool, table: str
+) -> None:
+    await ask(pool, "SELECT 'pg_sleep'")
+    [pipeline] = pool.pipelines
+    asyncio.get_running_loop().remove_reader(pipeline.socket)
+    value(table, END["terminate"])
+    pipeline.connection.pgconn.consume_input()  # reads that word, and not yet the end
+    assert (await ask(pool, "INSERT INTO stored VALUES (1) RETURNING n")).rows == [(b"1",)]
     assert value(table, "SELECT count(*) FROM stored") == 1
 
 
@@ -196,7 +226,10 @@ async def test_a_session_that_was_changed_fails_nothing(table: str, sql: str) ->
         assert (await ask(pool, listed)).rows == [(b"2",)]  # that one, and this one
 
 
-async def test_writes_are_made_though_all_connections_lead_to_a_standby(table: str) -> None:
+@pytest.mark.parametrize("at_once", [1, 10])
+async def test_writes_are_made_though_all_connections_lead_to_a_standby(
+    table: str, at_once: int
+) -> None:
     standby = make_conninfo(table, options="-c default_transaction_read_only=on")
     servers = iter([standby] * 8)
     async with ConnectionPool(lambda: next(servers, table), max_size=8) as connections:
@@ -206,9 +239,9 @@ async def test_writes_are_made_though_all_connections_lead_to_a_standby(table: s
         await asyncio.gather(*calls)
         assert len(pool.pipelines) == 3
         insert = "INSERT INTO stored VALUES (%(n)s::integer)"
-        await asyncio.gather(*[ask(pool, insert, f"{n}", n=n) for n in range(10)])
+        await asyncio.gather(*[ask(pool, insert, f"{n}", n=n) for n in range(at_once)])
         await pool.close()
-    assert value(table, "SELECT count(*) FROM stored") == 10
+    assert value(table, "SELECT count(*) FROM stored") == at_once
 
 
 async def test_a_query_that_ends_its_session_costs_those_behind_it_no_attempt(table: str) -> None:
@@ -357,9 +390,9 @@ async def test_without_connections_queries_fail_by_the_deadline_and_nothing_spin
     pool, tries = PipelinePool(connections, 2, 16), list[object]()
     acquire, getconn = ConnectionPool.acquire, ConnectionPool.getconn
 
-    async def count_acquire(self: ConnectionPool, has_some: bool) -> Connection:
+    async def count_acquire(self: ConnectionPool, needs: Any) -> Connection:
         tries.append(self)
-        return await acquire(self if why != "broken" else None, has_some)  # type: ignore[arg-type]
+        return await acquire(self if why != "broken" else None, needs)  # type: ignore[arg-type]
 
     async def count_getconn(self: ConnectionPool, **given: float) -> Connection:
         tries.append(self)

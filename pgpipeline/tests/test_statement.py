@@ -64,15 +64,26 @@ async def test_a_value_arrives_as_it_is(pool: PipelinePool, kind: str, value: Va
     assert json.loads(result.json()) == {"v": sent}
 
 
-@pytest.mark.parametrize("value", [b"abc", {"a": 1}])
+@pytest.mark.parametrize("value", [b"abc", {"a": 1}, [{"a": 1}]])
 async def test_what_python_writes_in_its_own_way_is_a_type_error(
     pool: PipelinePool, value: Any
 ) -> None:
-    with pytest.raises(TypeError, match="is not a type of Value"):
+    with pytest.raises(TypeError, match=r"bytes|dict"):
         await ask(pool, "SELECT %(v)s::text", v=value)
 
 
 async def test_statements_of_one_name_and_two_texts_are_told_apart(pool: PipelinePool) -> None:
-    statements = [Statement("ж" * 40, f"SELECT {n}") for n in (1, 2, 1)]
+    statements = [Statement("x" + "ж" * 40, f"SELECT {n}") for n in (1, 2, 1)]
     results = [await pool.execute(each, {}, "ann") for each in statements]
     assert [result.rows for result in results] == [[(b"1",)], [(b"2",)], [(b"1",)]]
+
+
+@pytest.mark.parametrize("sql", ["\n begin", "START TRANSACTION", "COPY t TO STDOUT", "LISTEN c"])
+def test_what_cannot_share_a_connection_is_no_statement(sql: str) -> None:
+    with pytest.raises(ValueError, match="TEST"):
+        Statement("TEST", sql)
+
+
+def test_a_statement_has_as_many_parameters_as_the_protocol_takes() -> None:
+    with pytest.raises(ValueError, match="TEST"):
+        Statement("TEST", "".join(f"%(p{n})s" for n in range(65_536)))
