@@ -82,7 +82,7 @@ def uri_for_libpq(uri: str, schema: str) -> str:
         if normalized in SCHEMAS and others:
             raise SystemExit(f"DATABASE_URL asks for the schema {value}: ours is {schema}")
         if normalized not in HARMLESS and normalized not in SCHEMAS:
-            if "password" in given:  # the name may be what follows an & in it
-                raise SystemExit(MALFORMED)
-            raise SystemExit(f"DATABASE_URL has an unknown parameter, remove it: {name}")
+            # It may be what follows an & in a password.
+            shown = "one beside password=, where & is %26" if "password" in given else name
+            raise SystemExit(f"DATABASE_URL has an unknown parameter, remove it: {shown}")
     return f"postgresql://{place}?" + urlencode(given, quote_via=quote)

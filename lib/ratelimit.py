@@ -123,9 +123,7 @@ def connect(storage_uri: str) -> Any:
         pool: Any = BlockingConnectionPool(**{**parse_url(storage_uri), **ours})
         pool.make_connection()  # finds parameters that no connection knows
     except (ValueError, TypeError):
-        raise SystemExit(
-            "RATE_LIMIT_STORAGE_URI has a port or a parameter that Redis lacks"
-        ) from None
+        raise SystemExit("RATE_LIMIT_STORAGE_URI has a wrong port or parameter") from None
     return Redis(connection_pool=pool)
 
 
