@@ -50,8 +50,10 @@ def connection_string(database_url: str, schema: str) -> str:
         given = conninfo.conninfo_to_dict(text)
     except (psycopg.ProgrammingError, UnicodeError):  # %ff is not UTF-8
         raise SystemExit(MALFORMED) from None
-    # libpq would repeat these, and a password of another driver's form within.
-    if any(re.search("[;&]", str(value)) for name, value in given.items() if name not in FREE):
+    # libpq would repeat these, and a password of another driver's form within. In a URI's names
+    # they are written as %3B and %26.
+    free = FREE if re.search("[;&]", text.partition("?")[0]) else FREE | {"user", "dbname"}
+    if any(re.search("[;&]", str(value)) for name, value in given.items() if name not in free):
         raise SystemExit(f"{MALFORMED}. Its parameters follow a ?")
     if not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):
         raise SystemExit(f"{MALFORMED}. Its port is not a number")

@@ -44,7 +44,7 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
     parser = argparse.ArgumentParser(description="Serves on 127.0.0.1")
     parser.add_argument("--reload", action="store_true", help="restart when .py or .sql changes")
     reload = ["--reload"] if parser.parse_args().reload else []
-    for number in SIGNALS:
+    for number in [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]:  # of nohup
         signal.signal(number, stop)
     with ExitStack() as stack:  # undone in reverse: the service ends before its database
         listener = stack.enter_context(listen(server.Settings.load().port))
@@ -86,7 +86,8 @@ def listen(port: int) -> socket.socket:
 def keep_secret(file: Path) -> str:
     """The secret in `file`, which is made when it is missing. Only its owner can read it."""
     file.parent.mkdir(exist_ok=True)
-    file.touch(0o600)
+    file.touch()
+    file.chmod(0o600)
     if not file.read_text():  # new, or of a run that was killed before it wrote
         file.write_text(secrets.token_urlsafe(32))
     return file.read_text()

@@ -71,7 +71,7 @@ class KeySet:
         if alg not in self.algorithms or not self.url:
             return []
         keys = self.fitting(kid, alg, tried)
-        if keys and time() - self.fetched <= FRESH_FOR:
+        if keys and 0 <= time() - self.fetched <= FRESH_FOR:  # a clock may be set back
             return keys
         fetch = self.start_fetch()
         if not keys:  # UNKNOWN

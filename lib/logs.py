@@ -76,6 +76,7 @@ def encode(level: str, fields: dict[str, Any]) -> bytes:
     try:
         return to_json(line) + b"\n"
     except ValueError:  # half of a surrogate pair: it becomes a "?"
+        line["time"] = line["time"].isoformat()
         return json.dumps(line, default=str, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 

@@ -43,8 +43,9 @@ class Passwords:
     async def check(self, password: str, stored: bytes | None) -> bool:
         """Whether `stored` is the hash of the password, and not None. Raises as hash()."""
         for text in dict.fromkeys([normalize("NFC", password), password]):
+            secret = to_bytes(text)
             try:
-                if await self.run(bcrypt.checkpw, to_bytes(text), stored or self.dummy):
+                if await self.run(bcrypt.checkpw, secret, stored or self.dummy):
                     return stored is not None
             except ValueError as error:  # a hash by something else
                 log.error("a stored hash cannot be checked: %s", error)

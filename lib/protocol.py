@@ -23,10 +23,11 @@ from lib.ratelimit import owner_of
 from lib.readers import Readers
 
 # Open connections, of 7 KB each. 64 file descriptors listen (lib/serve.py), 64 are for the rest.
-MAX_CONNECTIONS = min(5_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128)
+descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # RLIM_INFINITY is below 0
+MAX_CONNECTIONS = min(5_000, descriptors - 128) if descriptors >= 0 else 5_000
 if MAX_CONNECTIONS < 1:
     raise SystemExit("The service needs more than 128 file descriptors (ulimit -n)")
-MAX_HEAD = 65_536  # bytes of target and headers, or of a trailer. Behind others, twice as many
+MAX_HEAD = 65_536  # bytes of target and headers, or of a trailer. Of a head behind another twice
 MAX_LINES = 256  # of a head or a trailer: short lines take twenty times their bytes in memory
 MAX_PIPELINED = 32  # requests of a connection that wait for the one before
 UNSENT = 65_536  # bytes that wait in the kernel for a client, and as many in uvloop's transport
@@ -108,12 +109,13 @@ class Protocol(HttpToolsProtocol):
         set_option(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         self.enter(HEAD)
         if len(self.connections) > MAX_CONNECTIONS:
-            self.warn("MAX_CONNECTIONS")
             connections: Any = self.connections
             ending = (each for each in connections if each.state is ENDING)
             staying = (each for each in ending if not each.transport.is_closing())
             idle = (each for each in connections if each.state is IDLE)
-            (next(staying, None) or next(idle, self)).close()  # gives way
+            loser = next(staying, None) or next(idle, self)
+            loser.warn("MAX_CONNECTIONS")
+            (loser.transport.abort if loser.state is ENDING else loser.close)()
 
     def close(self) -> None:
         """Ends the connection when the client has taken what was sent. The first call waits for a

@@ -83,7 +83,7 @@ class PreparedRoutes:
 
 
 async def run(calls: list[Call], scope: Scope, receive: Receive, send: Send) -> None:
-    """Sends what the last Call returns, or raises RequestValidationError with what all refuse."""
+    """Sends what the last Call returns, or raises RequestValidationError."""
     request, came = Request(scope, receive, send), state_of(scope).headers
     query = scope["query_string"].decode("latin-1")
     results: dict[int, Any] = {id(Request): request}

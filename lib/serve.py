@@ -40,6 +40,19 @@ def duplicates(listener: socket.socket) -> list[socket.socket]:
     return [listener, *(listener.dup() for _ in range(LISTENERS - 1))]
 
 
+class Server(uvicorn.Server):
+    """Ends where another process began to listen on the port during the start."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        try:
+            for each in sockets or ():
+                each.getsockname()
+        except OSError:  # uvloop closes a socket that cannot listen, and says nothing
+            await self.lifespan.shutdown()
+            raise SystemExit(f"PORT {self.config.port} is taken by another process") from None
+
+
 def run(app: str, host: str = "", fd: int | None = None) -> None:
     """Serves `app` until a signal. `fd`, a socket that listens already, replaces host and port.
 
@@ -47,9 +60,8 @@ def run(app: str, host: str = "", fd: int | None = None) -> None:
     """
     config = uvicorn.Config(app, host, Settings.load().port, fd=fd, **FLAGS)
     config.load()  # so that the application's logging is there before the first line
-    sockets = duplicates(config.bind_socket())
     with suppress(KeyboardInterrupt):  # Ctrl-C, after the server has shut down
-        uvicorn.Server(config).run(sockets)
+        Server(config).run(duplicates(config.bind_socket()))
 
 
 if __name__ == "__main__":

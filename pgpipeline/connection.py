@@ -39,7 +39,7 @@ class Connection(psycopg.AsyncConnection[Any]):
         """
         self.pgconn.consume_input()  # finds PostgreSQL's last message
         self.pgconn.consume_input()  # finds the end of the stream behind it
-        if time() - self.last_used > MAX_IDLE:
+        if not 0 <= time() - self.last_used <= MAX_IDLE:  # a clock may be set back
             await self.ping(PING_TIMEOUT)
 
     async def ping(self, seconds: float) -> None:

@@ -44,7 +44,8 @@ class Pipeline:
         self.socket = connection.pgconn.socket
         self.sent = self.protocol.sent
         self.patience = SLOW + connection.round_trip  # seconds until the first of them is slow
-        self.cancelled: Query | None = None  # until an answer tells that something was
+        self.is_standby = False  # the server is read-only
+        self.cancelled: Query | None = None  # until any answer is 57014
         # Done when nothing more will come: with an error if the connection is lost.
         self.end: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         # On the clock of time.monotonic():
@@ -96,7 +97,7 @@ class Pipeline:
         try:
             if self.state is State.BROKEN:
                 await self.connection.close()
-                if not self.pool.is_closed:  # others may be lost as well, or lead to a standby too
+                if self.end.result() or self.is_standby:  # others may be no better
                     await self.pool.connections.drain()
         finally:  # this task may be cancelled once more
             self.pool.give_back(self, self.end.result())
@@ -134,6 +135,7 @@ class Pipeline:
                 self.pool.queue.ended(query, self, quickly)
                 self.pool.settle(query, outcome, self.cancelled)
                 if isinstance(outcome, postgres.ReadOnlySqlTransaction):
+                    self.is_standby = True
                     self.advance(State.BROKEN)
                     self.pool.drain()
                 if isinstance(outcome, postgres.QueryCanceled):

@@ -144,9 +144,7 @@ class PipelinePool:
     async def run_pipeline(self) -> None:
         """The life of a pipeline. After one that has failed, the next one is opened later."""
         try:
-            # Who has a pipeline already asks nobody else to release one.
-            connection = await self.connections.acquire(lambda: not self.pipelines)
-            pipeline = Pipeline(self, connection)
+            pipeline = Pipeline(self, await self.connections.acquire(self.needs_connection))
             self.pipelines.append(pipeline)
             try:
                 await pipeline.run()
@@ -155,6 +153,10 @@ class PipelinePool:
         except Exception:
             log.exception("a pipeline has failed")
             await asyncio.sleep(1)
+
+    def needs_connection(self) -> bool:
+        """Whether others should release one: there is no pipeline, and none is made soon."""
+        return not self.pipelines and monotonic() - self.opened_at > OPENING
 
     def is_connection_wanted(self) -> bool:
         """Whether more callers need a connection than pipelines will release one."""

@@ -331,3 +331,23 @@ def milliseconds(output: str, percentile: str) -> float:
     """A latency that wrk printed."""
     [(number, unit)] = re.findall(rf"{percentile} +([\d.]+)(us|ms|s)", output)
     return float(number) * {"us": 0.001, "ms": 1, "s": 1000}[unit]
+
+
+# Starting.
+
+
+def test_a_port_that_another_process_takes_during_the_start_ends_it_with_a_line(
+    database: str,
+) -> None:
+    with socket.socket() as other, psycopg.connect(database) as holder:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))  # as the service does, which listens when it has started
+        port = other.getsockname()[1]
+        holder.execute("SELECT pg_advisory_xact_lock(hashtext('todo.tasks'))")  # so it waits
+        command, environ = uvicorn(port), environment(database)
+        with subprocess.Popen(command, cwd=HERE, env=environ, stderr=subprocess.PIPE) as process:
+            time.sleep(2)
+            other.listen()
+            holder.rollback()
+            assert process.wait(10) == 1
+            assert f"PORT {port} is taken by another process".encode() in process.communicate()[1]

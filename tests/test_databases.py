@@ -315,6 +315,11 @@ def test_a_database_url_is_taken_as_people_have_it(given: str) -> None:
     assert found["client_encoding"] == "utf8"
 
 
+def test_a_name_in_a_database_url_may_have_what_is_written_as_a_number() -> None:
+    given = conninfo_to_dict(connection_string("postgresql://a%26b:p@h/c%3Bd", "todo"))
+    assert (given["user"], given["dbname"]) == ("a&b", "c;d")
+
+
 @parametrize("password", ["p&schema=x", "[k3]", "<>", "a;", "a://b", "';"])
 def test_a_password_that_reads_like_something_else_is_a_password(password: str) -> None:
     uri = f"postgresql://u:{quote(password, '')}@your-password.example/d"
