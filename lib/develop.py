@@ -44,7 +44,7 @@ def run(app: str, *, database: bool, secret: bool, origins: bool) -> None:
     parser = argparse.ArgumentParser(description="Serves on 127.0.0.1")
     parser.add_argument("--reload", action="store_true", help="restart when .py or .sql changes")
     reload = ["--reload"] if parser.parse_args().reload else []
-    for number in [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]:  # of nohup
+    for number in SIGNALS:
         signal.signal(number, stop)
     with ExitStack() as stack:  # undone in reverse: the service ends before its database
         listener = stack.enter_context(listen(server.Settings.load().port))

@@ -118,7 +118,7 @@ def with_field() -> str:
 
 SIZES = [  # the most lines, and the most bytes in UTF-8
     ("the front with CONTRIBUTING's field", with_field, 1_060, 46_080),
-    ("lib/", partial(text_of, *LIB), 2_914, 133_769),
+    ("lib/", partial(text_of, *LIB), 2_914, 133_699),
     ("pgpipeline/", partial(text_of, *PGPIPELINE), 1_062, 48_298),
 ]
 
