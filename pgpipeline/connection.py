@@ -77,29 +77,26 @@ class ConnectionPool(AsyncConnectionPool[Connection]):
         """
         self.waiters.append(needs)
         try:
-            return await self.acquire_live()
+            while True:
+                try:
+                    connection = await self.getconn(timeout=1)
+                except PoolTimeout:  # ask again, because that is what makes the pool connect
+                    continue
+                try:
+                    await connection.check()
+                    return connection
+                except BaseException as error:
+                    await connection.close()
+                    await self.release(connection)
+                    if not isinstance(error, psycopg.Error):  # this task was cancelled
+                        raise
+                await self.drain()  # the server may have gone for the other idle ones as well
         finally:
             self.waiters.remove(needs)
 
     def count_needed(self) -> int:
         """How many callers of acquire() need a connection of others."""
         return sum(needs() for needs in self.waiters)
-
-    async def acquire_live(self) -> Connection:
-        while True:
-            try:
-                connection = await self.getconn(timeout=1)
-            except PoolTimeout:  # ask again, because that is what makes the pool connect
-                continue
-            try:
-                await connection.check()
-                return connection
-            except BaseException as error:
-                await connection.close()
-                await self.release(connection)
-                if not isinstance(error, psycopg.Error):  # this task was cancelled
-                    raise
-            await self.drain()  # the server may have gone for the other idle ones as well
 
     async def drain(self) -> None:
         """Closes idle connections now, and others on release. Not twice in a second, because a

@@ -110,9 +110,8 @@ class PipelinePool:
 
     def fill(self, pipelines: list[Pipeline]) -> None:
         """Sends queries where the fewest are under way, until no more may be sent."""
-        # While another pipeline opens, a tenant who waits for it is not sent behind a burst.
-        is_soon = self.is_opening() and monotonic() - self.opened_at < OPENING
-        depth = min(self.depth, FEW) if is_soon else self.depth
+        # Who waits for another pipeline is not sent behind a burst.
+        depth = min(self.depth, FEW) if self.opens_soon() else self.depth
         while pipelines and self.queue.waiting:
             pipeline = min(pipelines, key=lambda pipeline: len(pipeline.sent))
             if len(pipeline.sent) >= depth:
@@ -129,6 +128,10 @@ class PipelinePool:
     def is_opening(self) -> bool:
         """Whether a pipeline waits for its connection."""
         return len(self.tasks) > len(self.pipelines)
+
+    def opens_soon(self) -> bool:
+        """Whether one has waited less than OPENING."""
+        return self.is_opening() and monotonic() - self.opened_at < OPENING
 
     def open_pipeline(self) -> None:
         """Opens a pipeline, unless there are enough or one waits for its connection already."""
@@ -155,8 +158,8 @@ class PipelinePool:
             await asyncio.sleep(1)
 
     def needs_connection(self) -> bool:
-        """Whether others should release one: there is no pipeline, and none is made soon."""
-        return not self.pipelines and monotonic() - self.opened_at > OPENING
+        """Whether others should release one: none is here or soon will be."""
+        return not (self.pipelines or self.opens_soon())
 
     def is_connection_wanted(self) -> bool:
         """Whether more callers need a connection than pipelines will release one."""
